@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The program ``kvirt``: options of the target, and the commands, each loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from kvirt import __version__
+from kvirt.errors import KvirtError
+
+# Importing drgn and numpy costs more than all the rest: a command's module is imported by its name
+# here only when the command runs, and --help needs none of them.
+COMMANDS = {
+    "check-pid": ("kvirt.cli.check_pid", "Check the page offsets of processes: VMAs, pages, verdict."),
+    "lab": ("kvirt.cli.lab", "Kernels, guests and dumps to try kvirt on."),
+    "vmas": ("kvirt.cli.vmas", "Show a process's VMAs with both page offsets."),
+}
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Where the kernel comes from, as given before the command."""
+
+    core: Path | None = None
+    qemu: Path | None = None
+    symbols: tuple[Path, ...] = ()
+    types: str = "auto"
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands without importing them."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module and return what it calls ``command``."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table above, so that ``--help`` imports none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-c", "--core", type=click.Path(path_type=Path), help="Read this vmcore.")
+@click.option(
+    "--qemu",
+    type=click.Path(path_type=Path),
+    metavar="SOCKET",
+    help="Read a running QEMU guest through its QMP socket.",
+)
+@click.option(
+    "-s",
+    "--symbols",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="vmlinux or debug file with the kernel's types; repeatable.",
+)
+@click.option(
+    "--types",
+    type=click.Choice(["auto", "dwarf", "btf"]),
+    default="auto",
+    show_default=True,
+    help="Which type information to use.",
+)
+@click.version_option(__version__)
+@click.pass_context
+def cli(
+    ctx: click.Context, core: Path | None, qemu: Path | None, symbols: tuple[Path, ...], types: str
+) -> None:
+    """Show whether a kernel keeps its anonymous page offsets right.
+
+    Without --core or --qemu the running kernel is read. kvirt never writes to the kernel it reads.
+
+    Exit status: 0 consistent, 1 an error was found, 2 wrong usage or environment, 3 no error found but
+    something could not be checked.
+    """
+    if core is not None and qemu is not None:
+        raise click.UsageError("--core and --qemu exclude each other: name one kernel.")
+    ctx.obj = TargetOptions(core, qemu, symbols, types)
+
+
+def main() -> None:
+    """Run the program; every expected failure is one sentence on stderr and exit status 2."""
+    try:
+        cli(prog_name="kvirt")
+    except KvirtError as error:
+        print(f"kvirt: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain once more while flushing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)

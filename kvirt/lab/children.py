@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The states that need processes of their own: what fork copies, and what only a fork can make.
+
+Each function registered here runs in the main process and forks. Those of BARE run before the main
+process has any region, so that their children have only their own; those of HEIRS run last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from kvirt.lab import syscalls as sc
+from kvirt.lab.process import NotReached, Process, Skip
+from kvirt.lab.procfs import PAGE_SIZE, read_maps
+from kvirt.lab.regions import PURE_ANON, Region
+
+Start = Callable[[Process], None]
+
+BARE: dict[str, Start] = {}
+HEIRS: dict[str, Start] = {}
+
+CHAIN_DEPTH = 6
+MANY_PAGES = 240
+
+
+def bare(name: str) -> Callable[[Start], Start]:
+    """Register a function that starts children with nothing to inherit."""
+
+    def register(start: Start) -> Start:
+        BARE[name] = start
+        return start
+
+    return register
+
+
+def heir(name: str) -> Callable[[Start], Start]:
+    """Register a function that starts children which inherit every state of the main process."""
+
+    def register(start: Start) -> Start:
+        HEIRS[name] = start
+        return start
+
+    return register
+
+
+def _keep(p: Process, note: str, **regions: Region) -> None:
+    for key, region in regions.items():
+        region.note = note
+        p.regions[key.replace("_", "-")] = region
+
+
+@bare("chain")
+def chain(p: Process) -> None:
+    """Start a chain of forks that write at every level, before and after they fork."""
+
+    def first(child: Process) -> None:
+        pages = 2 * CHAIN_DEPTH
+        _keep(
+            child,
+            "Each level of the chain wrote a page before it forked and one after.",
+            anon=child.write(child.anon(pages + 4), range(pages, pages + 4)),
+            file=child.write(child.file(child.memfd(pages + 9), pages + 4, 5), [pages]),
+            moved_file=child.remap(
+                child.write(child.file(child.memfd(pages + 4), pages + 4, 0), [pages, pages + 2])
+            ),
+            untouched=child.anon(pages + 4),
+        )
+        level(child, 0)
+
+    def write(child: Process, page: int) -> None:
+        for region in child.regions.values():
+            child.write(region, [page])
+
+    def level(child: Process, depth: int) -> None:
+        write(child, 2 * depth)
+        if depth + 1 < CHAIN_DEPTH:
+            name = f"chain-{depth + 1}"
+            what = f"Level {depth + 1} of a chain of forks, writing at every level."
+
+            def body(grandchild: Process) -> None:
+                level(grandchild, depth + 1)
+
+            if depth == 2:
+                # The process between wrote too, and is gone: its anon_vma has no VMA left, and the
+                # next fork may use it again.
+                what += " Its parent is gone."
+                child.fork_through(name, what, lambda gone: write(gone, 2 * depth + 1), body)
+            else:
+                child.fork(name, what, body)
+        write(child, 2 * depth + 1)
+
+    p.fork("chain-0", "The start of a chain of forks, writing at every level.", first)
+
+
+@bare("remap-in-child")
+def remap_in_child(p: Process) -> None:
+    """Start a parent whose child alone moves what the parent wrote: one page at two addresses."""
+
+    def parent(child: Process) -> None:
+        _keep(
+            child,
+            "Written before the fork; the child moved its copy.",
+            anon=child.write(child.anon(6), range(4)),
+            file=child.write(child.file(child.memfd(16), 6, 3), range(4)),
+        )
+        child.fork("remap-child", "A child that moved what its parent wrote.", mover)
+
+    def mover(child: Process) -> None:
+        for key, region in child.regions.items():
+            child.regions[key] = child.write(child.remap(region), [3, 5])
+
+    p.fork("remap-parent", "A parent whose child moves its memory.", parent)
+
+
+@bare("many-vmas")
+def many_vmas(p: Process) -> None:
+    """Start a process of many VMAs."""
+
+    def body(child: Process) -> None:
+        for name, region in (
+            ("anon", child.write(child.anon(MANY_PAGES))),
+            ("moved-file", child.remap(child.write(child.file(child.memfd(250), MANY_PAGES, 7)))),
+        ):
+            pieces = region.split(*range(1, region.pages))
+            for number, piece in enumerate(pieces):
+                piece.note = "One of many VMAs, every second one read-only."
+                if number % 2:
+                    sc.mprotect(piece.start, piece.size, sc.PROT_READ)
+                    piece.prot = "r"
+                child.regions[f"{name}-{number:03}"] = piece
+
+    p.fork("many-vmas", f"A process of more than {2 * MANY_PAGES} VMAs.", body)
+
+
+@bare("vdso-write")
+def vdso_write(p: Process) -> None:
+    """Start a process with a page of its vDSO written, as by a debugger."""
+
+    def body(child: Process) -> None:
+        mapping = next((m for m in read_maps() if m.path == "[vdso]"), None)
+        if mapping is None:
+            raise Skip("This process has no vDSO.")
+        fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, os.pread(fd, 1, mapping.start), mapping.start)
+        except OSError as error:
+            raise Skip(
+                f"This kernel does not let /proc/self/mem write to the vDSO: {error.strerror}."
+            ) from error
+        finally:
+            os.close(fd)
+        region = Region.mapped("special", mapping.start, mapping.end - mapping.start, 0, prot="rx")
+        region.faulted = True
+        region.written.add(mapping.start)
+        _keep(child, "The first page of the vDSO, written through /proc/self/mem.", vdso=region)
+
+    p.fork("vdso-write", "A process whose vDSO has an anonymous page.", body)
+
+
+@bare("wipe")
+def wipe(p: Process) -> None:
+    """Start a parent with MADV_WIPEONFORK on displaced memory, and children that get it emptied."""
+
+    def parent(child: Process) -> None:
+        region = child.remap(child.write(child.anon(6), range(4)))
+        (region,) = child.advise(region, 0, region.pages, sc.MADV_WIPEONFORK)
+        region.wipe_on_fork = True
+        _keep(child, "Displaced, and MADV_WIPEONFORK.", region=region)
+        what = "A child with unfaulted anonymous memory that is displaced (MADV_WIPEONFORK)."
+        child.fork("wiped", what, lambda child: None, "warnings")
+        what = "The same, then MADV_KEEPONFORK and split by mprotect."
+        child.fork("wiped-kept", what, keeper, "warnings")
+
+    def keeper(child: Process) -> None:
+        (region,) = child.advise(child.regions.pop("region"), 0, 6, sc.MADV_KEEPONFORK)
+        low, middle, high = child.protect(region, 2, 2, "r")
+        note = "Unfaulted, and displaced since before the fork; no flag tells of it any more."
+        _keep(child, note, low=low, middle=middle, high=high)
+
+    p.fork("wipe-parent", "A parent with MADV_WIPEONFORK on displaced memory.", parent)
+
+
+@bare("uffd-shared")
+def uffd_shared(p: Process) -> None:
+    """Start a process in which a failed UFFDIO_COPY gave a shared mapping an anon_vma."""
+
+    def body(child: Process) -> None:
+        fd = os.open(f"/proc/self/fd/{child.memfd(8)}", os.O_RDONLY | os.O_CLOEXEC)
+        region = child.file(fd, 4, 1, prot="r", kind="shmem")
+        source = child.write(child.anon(1))
+        try:
+            with sc.Userfaultfd() as uffd:
+                uffd.copy(region.start, source.start, PAGE_SIZE)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise Skip(f"userfaultfd(2) does not do this here: {error.strerror}.") from error
+        else:
+            raise NotReached("UFFDIO_COPY filled memory that was never registered.")
+        # Linux 6.1 looks at the registration first and leaves the VMA alone; later kernels prepare
+        # an anon_vma before. Nothing in /proc tells which.
+        region.faulted = True
+        region = child.remap(region)
+        if child.scheme != "anon":
+            region.faulted = None
+        note = "Shared and read-only, with an anon_vma from a UFFDIO_COPY that failed; then moved."
+        _keep(child, note, region=region, source=source)
+
+    p.fork(
+        "uffd-shared",
+        "A process with a shared mapping that has an anon_vma.",
+        body,
+        "warnings",
+    )
+
+
+@heir("heir")
+def inherit(p: Process) -> None:
+    """Start a child that inherits every state, and writes a page in each that it may write to."""
+
+    def body(child: Process) -> None:
+        for region in child.regions.values():
+            if region.kind in PURE_ANON | {"devzero", "file-private"} and "w" in region.prot:
+                for address in sorted(region.inherited)[:1]:
+                    child.write(region, [(address - region.start) // PAGE_SIZE])
+
+    what = "A child of the main process that inherited every state and wrote a page in each."
+    p.fork("heir", what, body)
+
+
+@heir("heir-untouched")
+def inherit_untouched(p: Process) -> None:
+    """Start a child that inherits every state and leaves it at that."""
+    what = "A child of the main process that inherited every state and wrote nothing."
+    p.fork("heir-untouched", what, lambda child: None)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The system calls on memory that Python's standard library lacks, through libc."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
+MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
+
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+
+MADV_MERGEABLE, MADV_HUGEPAGE, MADV_DONTDUMP = 12, 14, 16
+MADV_WIPEONFORK, MADV_KEEPONFORK, MADV_GUARD_INSTALL = 18, 19, 102
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+# userfaultfd(2) has the same number on every architecture but x86.
+NR_USERFAULTFD = 323 if os.uname().machine == "x86_64" else 282
+UFFD_API, UFFD_USER_MODE_ONLY, UFFD_FEATURE_MOVE = 0xAA, 1, 1 << 16
+UFFDIO_REGISTER_MODE_MISSING = 1
+UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
+UFFDIO_COPY, UFFDIO_MOVE = 0xC028AA03, 0xC028AA05
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_void_p,
+]
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+_libc.syscall.restype = ctypes.c_long
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def _fail(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def mmap(address: int, size: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    """Map memory and return its address."""
+    result: int | None = _libc.mmap(address, size, prot, flags, fd, offset)
+    if result is None or result == _MAP_FAILED:
+        raise _fail("mmap")
+    return result
+
+
+def munmap(address: int, size: int) -> None:
+    """Unmap [address, address + size)."""
+    if _libc.munmap(address, size):
+        raise _fail("munmap")
+
+
+def mprotect(address: int, size: int, prot: int) -> None:
+    """Change the protection of [address, address + size)."""
+    if _libc.mprotect(address, size, prot):
+        raise _fail("mprotect")
+
+
+def madvise(address: int, size: int, advice: int) -> None:
+    """Give advice about [address, address + size)."""
+    if _libc.madvise(address, size, advice):
+        raise _fail("madvise")
+
+
+def mremap(old: int, old_size: int, new_size: int, flags: int, new: int = 0) -> int:
+    """Move or resize a mapping and return its address."""
+    result: int | None = _libc.mremap(old, old_size, new_size, flags, new)
+    if result is None or result == _MAP_FAILED:
+        raise _fail("mremap")
+    return result
+
+
+def prctl(option: int, value: int) -> None:
+    """Set one of the process's attributes."""
+    if _libc.prctl(option, value, 0, 0, 0):
+        raise _fail("prctl")
+
+
+def store(address: int, size: int, value: int) -> None:
+    """Write the byte ``value`` to [address, address + size)."""
+    ctypes.memset(address, value, size)
+
+
+def load(address: int) -> int:
+    """Read the byte at an address."""
+    return ctypes.string_at(address, 1)[0]
+
+
+class Userfaultfd:
+    """A userfaultfd(2); to be used in a ``with``, whose end unregisters everything."""
+
+    def __init__(self, features: int = 0) -> None:
+        self.fd: int = _libc.syscall(NR_USERFAULTFD, os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
+        if self.fd < 0:
+            raise _fail("userfaultfd")
+        try:
+            fcntl.ioctl(self.fd, UFFDIO_API, struct.pack("QQQ", UFFD_API, features, 0))
+        except OSError:
+            os.close(self.fd)
+            raise
+
+    def __enter__(self) -> Userfaultfd:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.fd)
+
+    def register(self, start: int, size: int) -> None:
+        """Register a range for its missing pages."""
+        request = struct.pack("QQQQ", start, size, UFFDIO_REGISTER_MODE_MISSING, 0)
+        fcntl.ioctl(self.fd, UFFDIO_REGISTER, request)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """UFFDIO_COPY: fill missing pages with a copy of ``source``."""
+        fcntl.ioctl(self.fd, UFFDIO_COPY, struct.pack("QQQQq", to, source, size, 0, 0))
+
+    def move(self, to: int, source: int, size: int) -> None:
+        """UFFDIO_MOVE: move the pages themselves."""
+        # EAGAIN reports in the request how far it came; a second try is enough for a few pages.
+        for _ in range(8):
+            try:
+                fcntl.ioctl(self.fd, UFFDIO_MOVE, struct.pack("QQQQq", to, source, size, 0, 0))
+                return
+            except OSError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+        raise OSError(errno.EAGAIN, "UFFDIO_MOVE: the pages stay busy")

@@ -18,7 +18,10 @@ from kvirt.errors import KvirtError
 # Importing drgn and numpy costs more than all the rest: a command's module is imported by its name
 # here only when the command runs, and --help needs none of them.
 COMMANDS = {
-    "check-pid": ("kvirt.cli.check_pid", "Check the page offsets of processes: VMAs, pages, verdict."),
+    "check-pid": (
+        "kvirt.cli.check_pid",
+        "Check the page offsets of processes: VMAs, pages, verdict.",
+    ),
     "lab": ("kvirt.cli.lab", "Kernels, guests and dumps to try kvirt on."),
     "vmas": ("kvirt.cli.vmas", "Show a process's VMAs with both page offsets."),
 }

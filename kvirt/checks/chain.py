@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Invariants of the chain that ties a VMA to its anon_vmas."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from kvirt.checks.registry import Violation, VmaContext, vma_check
+from kvirt.findings import Severity
+
+
+@vma_check(
+    "AVC-EMPTY",
+    Severity.ERROR,
+    says="A VMA has an anon_vma if and only if its chain is not empty.",
+    relied_on="unlink_anon_vmas(), mm/rmap.c",
+)
+def avc_empty(context: VmaContext) -> Iterator[Violation]:
+    """The pointer and the list say the same."""
+    vma = context.vma
+    if context.chain.broken and not context.chain.links:
+        return
+    if vma.anon_vma and not context.chain.links:
+        yield Violation("the VMA has an anon_vma, and its chain is empty", actual=vma.anon_vma)
+    if not vma.anon_vma and context.chain.links:
+        yield Violation(
+            f"the VMA has no anon_vma, and its chain has {len(context.chain.links)} links",
+            expected=context.chain.links[0].anon_vma,
+            actual=0,
+        )
+
+
+@vma_check(
+    "AVC-SELF",
+    Severity.ERROR,
+    says="Every link of a VMA's chain points back to the VMA, each anon_vma is in it once, and the VMA's "
+    "own is among them.",
+    relied_on="rmap_walk_anon(), anon_vma_clone() and unlink_anon_vmas(), mm/rmap.c",
+)
+def avc_self(context: VmaContext) -> Iterator[Violation]:
+    """The chain is this VMA's own, and sound."""
+    vma, chain = context.vma, context.chain
+    if chain.broken is not None:
+        yield Violation(f"the chain cannot be followed to its end: {chain.broken}")
+    for link in chain.links:
+        if link.vma != vma.address:
+            yield Violation(
+                f"the link at {link.address:#x} belongs to another VMA",
+                expected=vma.address,
+                actual=link.vma,
+            )
+        elif link.anon_vma in context.space.unreadable:
+            yield Violation(
+                f"the link at {link.address:#x} points to an anon_vma that cannot be read",
+                actual=link.anon_vma,
+            )
+    for anon_vma, count in Counter(link.anon_vma for link in chain.links).items():
+        if count > 1:
+            yield Violation(f"the chain has the same anon_vma {count} times", actual=anon_vma)
+    whole = chain.broken is None and chain.links and vma.anon_vma
+    if whole and vma.anon_vma not in context.chain_anon_vmas():
+        yield Violation("the VMA's own anon_vma is not in its chain", actual=vma.anon_vma)
+
+
+@vma_check(
+    "ANON-VMA-ROOT",
+    Severity.ERROR,
+    says="All anon_vmas of a VMA's chain have the same root, which is its own root.",
+    relied_on="anon_vma_lock_*(), which lock the root alone, include/linux/rmap.h",
+)
+def anon_vma_root(context: VmaContext) -> Iterator[Violation]:
+    """One root over the whole chain."""
+    own = context.anon_vma(context.vma.anon_vma)
+    if own is None or context.chain.broken is not None:
+        return
+    for address in sorted(context.chain_anon_vmas()):
+        other = context.anon_vma(address)
+        if other is not None and other.root != own.root:
+            yield Violation(
+                f"the anon_vma {address:#x} of the chain has another root than the VMA's own",
+                expected=own.root,
+                actual=other.root,
+            )
+    root = context.anon_vma(own.root)
+    if root is None:
+        yield Violation(f"the root of the VMA's anon_vma {own.address:#x} cannot be read", actual=own.root)
+    elif root.root != root.address:
+        yield Violation(
+            f"the root {root.address:#x} is not its own root",
+            expected=root.address,
+            actual=root.root,
+        )
+
+
+@vma_check(
+    "ROOT-IN-CHAIN",
+    Severity.ERROR,
+    says="The root of a VMA's anon_vma is in its chain.",
+    relied_on="__folio_set_anon(), which puts shared folios on the root, mm/rmap.c",
+)
+def root_in_chain(context: VmaContext) -> Iterator[Violation]:
+    """Whoever has a descendant has the root."""
+    own = context.anon_vma(context.vma.anon_vma)
+    if own is None or context.chain.broken is not None or not context.chain.links:
+        return
+    if own.root not in context.chain_anon_vmas():
+        yield Violation("the root of the VMA's anon_vma is not in its chain", expected=own.root)
+
+
+@vma_check(
+    "PARENT-IN-CHAIN",
+    Severity.ERROR,
+    says="The parent of each anon_vma in a VMA's chain is in the chain too.",
+    relied_on="unlink_anon_vmas(), which counts children down in the parent, mm/rmap.c",
+)
+def parent_in_chain(context: VmaContext) -> Iterator[Violation]:
+    """Nothing else keeps the parent alive."""
+    if context.chain.broken is not None:
+        return
+    members = context.chain_anon_vmas()
+    for address in sorted(members):
+        anon_vma = context.anon_vma(address)
+        if anon_vma is not None and anon_vma.parent not in members:
+            yield Violation(
+                f"the parent of the chain's anon_vma {address:#x} is not in the chain",
+                actual=anon_vma.parent,
+            )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Invariants of mapped pages."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvirt.checks.registry import PageBatch, PageViolations, page_check
+from kvirt.findings import Severity
+
+
+@page_check(
+    "FOLIO-INDEX",
+    Severity.ERROR,
+    says="The index of an anonymous folio is the anonymous page offset of the VMA at the page's address.",
+    relied_on="rmap_walk_anon(), which would miss the page; __page_check_anon_rmap(), mm/rmap.c",
+    message="page frame {pfn:#x} is indexed {actual:#x}, and should be {expected:#x} ({delta:+d})",
+)
+def folio_index(batch: PageBatch) -> PageViolations:
+    """Every anonymous folio is where rmap looks for it.
+
+    KSM folios have no index, and the stack of an exec under way is moved with its old index.
+    """
+    expected, actual = batch.expected_index(), batch.index()
+    judged = batch.folios.is_anon() & ~batch.table.temporary_stack[batch.row]
+    if not batch.layout.hugetlb_index_in_pages:
+        judged &= ~batch.table.hugetlb[batch.row]
+    return PageViolations(judged & (expected != actual), expected, actual)
+
+
+@page_check(
+    "FOLIO-ANON-VMA",
+    Severity.ERROR,
+    says="The anon_vma of an anonymous folio is in the chain of the VMA that maps it.",
+    relied_on="page_address_in_vma() and rmap_walk_anon(), mm/rmap.c",
+    message="the folio at page frame {head:#x} is on anon_vma {actual:#x}, which is not in the VMA's chain",
+)
+def folio_anon_vma(batch: PageBatch) -> PageViolations:
+    """Rmap of the folio finds this VMA at all."""
+    actual = batch.folios.anon_vma()
+    expected = batch.table.anon_vma[batch.row]
+    mask = np.zeros(len(actual), dtype=bool)
+    anon = np.flatnonzero(batch.folios.is_anon())
+    if len(anon):
+        row, on = batch.row[anon], actual[anon]
+        # Neighbours mostly agree: judge each run of the same VMA and anon_vma once.
+        change = np.flatnonzero((np.diff(row) != 0) | (np.diff(on) != 0)) + 1
+        starts = np.concatenate(([0], change))
+        lengths = np.diff(np.concatenate((starts, [len(anon)])))
+        verdicts: dict[tuple[int, int], bool] = {}
+        bad = np.empty(len(starts), dtype=bool)
+        for i, start in enumerate(starts):
+            key = int(row[start]), int(on[start])
+            if key not in verdicts:
+                vma = batch.table.vmas[key[0]]
+                chain = batch.table.space.chains[vma.address]
+                members = {link.anon_vma for link in chain.links}
+                # What a damaged chain holds is not known, and AVC-SELF reports it.
+                verdicts[key] = chain.broken is None and (vma.anon_vma == 0 or key[1] not in members)
+            bad[i] = verdicts[key]
+        mask[anon] = np.repeat(bad, lengths)
+    return PageViolations(mask, expected, actual)
+
+
+@page_check(
+    "ANON-FOLIO-IN-NONCOW",
+    Severity.ERROR,
+    says="Only VMAs that copy on write map anonymous or KSM folios.",
+    relied_on="is_cow_mapping() and all that follows from it, include/linux/mm.h",
+    message="an anonymous folio (page frame {pfn:#x}) is mapped where nothing can be copied on write",
+)
+def anon_folio_in_noncow(batch: PageBatch) -> PageViolations:
+    """No anonymous folio in a shared mapping."""
+    anonymous = batch.folios.is_anon() | batch.folios.is_ksm()
+    zero = np.zeros(len(batch.address), dtype=np.uint64)
+    return PageViolations(anonymous & ~batch.table.cow[batch.row], zero, batch.folios.mapping)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The list of invariants, and what a check is given to look at."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvirt.findings import Severity
+from kvirt.layout import Layout
+from kvirt.mm.address_space import AddressSpace
+from kvirt.mm.folio import Folios
+from kvirt.mm.pagetable import U64, Bool
+from kvirt.mm.rmap import AnonVma, Chain
+from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_temporary_stack
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """What a check on an mm or a VMA objects to."""
+
+    message: str
+    expected: int | None = None
+    actual: int | None = None
+    address: int | None = None
+    severity: Severity | None = None
+    """Where it differs from the invariant's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmaContext:
+    """One VMA with its entry in the maple tree and its chain."""
+
+    space: AddressSpace
+    vma: Vma
+    first: int
+    last: int
+    """The entry's range in the maple tree, both included."""
+    chain: Chain
+
+    @property
+    def layout(self) -> Layout:
+        """The kernel's layout."""
+        return self.vma.layout
+
+    def chain_anon_vmas(self) -> set[int]:
+        """Addresses of the anon_vmas in the chain."""
+        return {link.anon_vma for link in self.chain.links}
+
+    def anon_vma(self, address: int) -> AnonVma | None:
+        """An anon_vma that was read with the process, None if it could not be."""
+        return self.space.anon_vmas.get(address)
+
+
+class VmaTable:
+    """The VMAs of a process as arrays, to judge many pages at once."""
+
+    def __init__(self, space: AddressSpace) -> None:
+        self.vmas = sorted(space.vmas(), key=lambda v: v.vm_start)
+        self.space = space
+
+        def array(values: Iterator[int]) -> U64:
+            return np.fromiter(values, dtype=np.uint64, count=len(self.vmas))
+
+        def flags(values: Iterator[bool]) -> Bool:
+            return np.fromiter(values, dtype=np.bool_, count=len(self.vmas))
+
+        self.start = array(v.vm_start for v in self.vmas)
+        self.end = array(v.vm_end for v in self.vmas)
+        self.anon_pgoff = array(v.anon_pgoff for v in self.vmas)
+        self.anon_vma = array(v.anon_vma for v in self.vmas)
+        self.cow = flags(vma_is_cow_mapping(v) for v in self.vmas)
+        self.hugetlb = flags(v.flag("HUGETLB") for v in self.vmas)
+        self.temporary_stack = flags(vma_is_temporary_stack(v) for v in self.vmas)
+
+    def find(self, addresses: U64) -> npt.NDArray[np.intp]:
+        """Row of the VMA that covers each address, -1 if none does."""
+        if not self.vmas:
+            return np.full(len(addresses), -1, dtype=np.intp)
+        row = np.searchsorted(self.start, addresses, side="right").astype(np.intp) - 1
+        row[addresses >= self.end[row]] = -1
+        return row
+
+
+@dataclass(slots=True)
+class PageBatch:
+    """Present pages that have a folio and a VMA. Arrays have one element a leaf entry."""
+
+    layout: Layout
+    table: VmaTable
+    level: int
+    pages: int
+    """Base pages that each entry maps."""
+    address: U64
+    pfn: U64
+    row: npt.NDArray[np.intp]
+    """Row of the page's VMA in *table*."""
+    folios: Folios
+
+    def expected_index(self) -> U64:
+        """``linear_anon_page_index()`` of each page."""
+        table, shift = self.table, np.uint64(self.layout.page_shift)
+        return table.anon_pgoff[self.row] + ((self.address - table.start[self.row]) >> shift)
+
+    def index(self) -> U64:
+        """``folio->index`` plus the page's number within the folio."""
+        return self.folios.index + (self.pfn - self.folios.head)
+
+
+@dataclass(frozen=True, slots=True)
+class PageViolations:
+    """Which pages of a batch a check objects to, with what it expected there and what it found."""
+
+    mask: Bool
+    expected: U64
+    actual: U64
+
+
+MmRun = Callable[[AddressSpace], Iterator[Violation]]
+VmaRun = Callable[[VmaContext], Iterator[Violation]]
+PageRun = Callable[[PageBatch], PageViolations]
+
+
+def _always(layout: Layout) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One invariant."""
+
+    id: str
+    severity: Severity
+    says: str
+    """The invariant, as a sentence."""
+    relied_on: str
+    """Which kernel code goes wrong without it."""
+    applies: Callable[[Layout], bool]
+    mm: MmRun | None = None
+    vma: VmaRun | None = None
+    page: PageRun | None = None
+    message: str = ""
+    """For checks on pages: with {expected}, {actual}, {pfn} and {head} to fill in."""
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def _register(check: Check) -> None:
+    assert check.id not in CHECKS, check.id
+    CHECKS[check.id] = check
+
+
+def mm_check(
+    id: str,
+    severity: Severity,
+    *,
+    says: str,
+    relied_on: str,
+    applies: Callable[[Layout], bool] = _always,
+) -> Callable[[MmRun], MmRun]:
+    """Register an invariant of a whole address space."""
+
+    def register(run: MmRun) -> MmRun:
+        _register(Check(id, severity, says, relied_on, applies, mm=run))
+        return run
+
+    return register
+
+
+def vma_check(
+    id: str,
+    severity: Severity,
+    *,
+    says: str,
+    relied_on: str,
+    applies: Callable[[Layout], bool] = _always,
+) -> Callable[[VmaRun], VmaRun]:
+    """Register an invariant of one VMA."""
+
+    def register(run: VmaRun) -> VmaRun:
+        _register(Check(id, severity, says, relied_on, applies, vma=run))
+        return run
+
+    return register
+
+
+def page_check(
+    id: str,
+    severity: Severity,
+    *,
+    says: str,
+    relied_on: str,
+    message: str,
+    applies: Callable[[Layout], bool] = _always,
+) -> Callable[[PageRun], PageRun]:
+    """Register an invariant of mapped pages."""
+
+    def register(run: PageRun) -> PageRun:
+        _register(Check(id, severity, says, relied_on, applies, page=run, message=message))
+        return run
+
+    return register
+
+
+def all_checks(layout: Layout) -> list[Check]:
+    """The invariants that this kernel must keep."""
+    for module in ("vma", "chain", "page"):
+        importlib.import_module(f"kvirt.checks.{module}")
+    return [check for check in CHECKS.values() if check.applies(layout)]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Checks a process by its PID, and says what became of it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import drgn
+
+from kvirt.checks.process import ProcessChecker
+from kvirt.errors import KvirtError
+from kvirt.findings import TaskReport, VmaRow
+from kvirt.mm.address_space import AddressSpace
+from kvirt.mm.vma import VmaNames, vma_kind
+from kvirt.tasks import Process, find_process
+
+
+def vma_rows(prog: drgn.Program, space: AddressSpace) -> list[VmaRow]:
+    """What a table shows of each VMA."""
+    names = VmaNames(prog, space.start_stack, space.start_brk, space.brk)
+    # While a fork copies the tree, entries that it did not come to yet are the parent's.
+    own = (vma for vma in space.vmas() if vma.vm_mm == space.address)
+    return [VmaRow(vma, vma_kind(vma, space.start_stack), names(vma)) for vma in own]
+
+
+def check_task(
+    checker: ProcessChecker, process: Process, progress: Callable[[int], None] = lambda pages: None
+) -> TaskReport:
+    """Check one process. Whatever happens to it meanwhile is a sentence in the report."""
+    report = TaskReport(process.pid, process.comm)
+    who = f"PID {process.pid} ({process.comm})"
+    fault = None
+    try:
+        result = checker.check(process.mm, progress)
+        report.vmas = vma_rows(checker.prog, result.space)
+    except drgn.FaultError as error:
+        fault = error
+    if checker.moves and _is_gone(checker.prog, process):
+        # Then freed memory was read, and nothing that was seen there counts.
+        report.vmas = []
+        report.incomplete.append(f"{who} exited or called exec while it was read.")
+    elif fault is not None:
+        report.incomplete.append(f"{who}: its memory map cannot be read ({fault}).")
+    else:
+        report.pages = result.pages
+        report.findings = [replace(finding, pid=process.pid) for finding in result.findings]
+        report.incomplete += [f"{who}: {sentence}." for sentence in result.incomplete]
+    return report
+
+
+def _is_gone(prog: drgn.Program, process: Process) -> bool:
+    try:
+        return find_process(prog, process.pid).mm != process.mm
+    except KvirtError:
+        return True

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Invariants of VMAs and of the tree that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvirt.checks.registry import Violation, VmaContext, mm_check, vma_check
+from kvirt.findings import Severity
+from kvirt.layout import Layout, Scheme
+from kvirt.mm.address_space import AddressSpace
+from kvirt.mm.vma import displacement, vma_is_cow_mapping, vma_is_pure_anon, vma_pages
+
+
+def _two_offsets(layout: Layout) -> bool:
+    return layout.scheme is not Scheme.LEGACY
+
+
+def _one_offset(layout: Layout) -> bool:
+    return layout.scheme is Scheme.LEGACY
+
+
+@mm_check(
+    "VMA-TREE",
+    Severity.ERROR,
+    says="Each entry of mm->mm_mt spans exactly its VMA, which belongs to this mm and is page-aligned, "
+    "and there are mm->map_count of them.",
+    relied_on="every look-up of a VMA; validate_mm(), mm/vma.c",
+)
+def vma_tree(space: AddressSpace) -> Iterator[Violation]:
+    """The maple tree and the VMAs agree (mm/vma.c: validate_mm())."""
+    if space.broken_tree is not None:
+        yield Violation(f"mm->mm_mt cannot be followed to its end: {space.broken_tree}")
+    page_mask = space.layout.page_size - 1
+    for entry in space.entries:
+        vma = entry.vma
+        where = f"the entry for {entry.first:#x}-{entry.last + 1:#x}"
+        if vma.vm_mm != space.address:
+            yield Violation(
+                f"{where} holds a VMA of another mm",
+                expected=space.address,
+                actual=vma.vm_mm,
+                address=entry.first,
+            )
+        elif vma.vm_start >= vma.vm_end or (vma.vm_start | vma.vm_end) & page_mask:
+            yield Violation(
+                f"{where} holds a VMA with the impossible range {vma.vm_start:#x}-{vma.vm_end:#x}",
+                address=entry.first,
+            )
+        elif entry.first != vma.vm_start:
+            yield Violation(
+                f"{where} holds a VMA that starts elsewhere",
+                expected=entry.first,
+                actual=vma.vm_start,
+                address=entry.first,
+            )
+        elif entry.last + 1 != vma.vm_end:
+            yield Violation(
+                f"{where} holds a VMA that ends elsewhere",
+                expected=entry.last + 1,
+                actual=vma.vm_end,
+                address=entry.first,
+            )
+    if space.broken_tree is None and len(space.entries) != space.map_count:
+        yield Violation(
+            f"mm->map_count is {space.map_count}, and the tree holds {len(space.entries)} VMAs",
+            expected=len(space.entries),
+            actual=space.map_count,
+        )
+
+
+@vma_check(
+    "VMA-UNFAULTED-PGOFF",
+    Severity.ERROR,
+    says="A VMA without anon_vma has its address as anonymous page offset, whatever it maps.",
+    relied_on="vma_merge and the coming look-up by folio->index; vma_set_range(), mm/vma.c",
+    applies=_two_offsets,
+)
+def vma_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
+    """Unfaulted is in place.
+
+    A child of fork() whose MADV_WIPEONFORK mapping the parent had faulted and moved is unfaulted and
+    displaced (mm/mmap.c: dup_mmap()). That takes a mapping without a file, so there it is a warning.
+    """
+    vma = context.vma
+    if vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
+        yield Violation(
+            f"no page was ever faulted in, and yet the anonymous offset is {displacement(vma):+d} pages "
+            "from the address",
+            expected=vma.vm_start >> vma.layout.page_shift,
+            actual=vma.anon_pgoff,
+            severity=Severity.WARNING if vma.vm_file == 0 else None,
+        )
+
+
+@vma_check(
+    "LEG-UNFAULTED-PGOFF",
+    Severity.WARNING,
+    says="An anonymous VMA without file and anon_vma has its address as page offset.",
+    relied_on="assert_sane_pgoff(), mm/vma.h",
+    # With two offsets VMA-UNFAULTED-PGOFF and VMA-PURE-ANON-PGOFF say the same, and more.
+    applies=_one_offset,
+)
+def leg_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
+    """Unfaulted is in place, on kernels with one offset.
+
+    Some of these leave the source of mremap(MREMAP_DONTUNMAP) as it was (mm/mremap.c).
+    """
+    vma = context.vma
+    if vma_is_pure_anon(vma) and vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
+        yield Violation(
+            f"no page was ever faulted in, and yet vm_pgoff is {displacement(vma):+d} pages from the address",
+            expected=vma.vm_start >> vma.layout.page_shift,
+            actual=vma.vm_pgoff,
+            severity=None if vma.layout.dontunmap_resets_pgoff else Severity.INFO,
+        )
+
+
+@vma_check(
+    "VMA-PURE-ANON-PGOFF",
+    Severity.ERROR,
+    says="In an anonymous VMA without file both page offsets are the same, wherever it was moved.",
+    relied_on="linear_anon_page_index(), include/linux/pagemap.h; can_vma_merge_*(), mm/vma.c",
+    applies=_two_offsets,
+)
+def vma_pure_anon_pgoff(context: VmaContext) -> Iterator[Violation]:
+    """Both offsets of pure anonymous memory agree."""
+    vma = context.vma
+    if vma_is_pure_anon(vma) and vma.anon_pgoff != vma.vm_pgoff:
+        yield Violation(
+            "vm_pgoff and the anonymous offset differ, though no file is mapped",
+            expected=vma.vm_pgoff,
+            actual=vma.anon_pgoff,
+        )
+
+
+@vma_check(
+    "VMA-NO-WRAP",
+    Severity.ERROR,
+    says="The anonymous page offsets of a VMA neither wrap nor leave the address space.",
+    relied_on="the anon_vma interval trees, mm/interval_tree.c",
+    applies=_two_offsets,
+)
+def vma_no_wrap(context: VmaContext) -> Iterator[Violation]:
+    """The range of offsets is one that addresses can have."""
+    vma = context.vma
+    limit = 1 << (64 - vma.layout.page_shift)
+    if vma.anon_pgoff + vma_pages(vma) > limit:
+        yield Violation(
+            f"the anonymous offset and {vma_pages(vma)} pages reach past the last possible offset",
+            expected=limit - vma_pages(vma),
+            actual=vma.anon_pgoff,
+        )
+
+
+@vma_check(
+    "ANONVMA-IN-NONCOW",
+    Severity.WARNING,
+    says="A VMA in which nothing can be copied on write has no anon_vma.",
+    relied_on="vma_anon_address(), mm/internal.h",
+)
+def anonvma_in_noncow(context: VmaContext) -> Iterator[Violation]:
+    """A warning only: UFFDIO_COPY prepares an anon_vma before it looks at the mapping (mm/userfaultfd.c)."""
+    vma = context.vma
+    if vma.anon_vma and not vma_is_cow_mapping(vma):
+        yield Violation(
+            "the VMA has an anon_vma, though nothing in it can be copied on write",
+            expected=0,
+            actual=vma.anon_vma,
+        )

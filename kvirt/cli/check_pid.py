@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``kvirt check-pid``."""
+
+from __future__ import annotations
+
+import click
+
+from kvirt.checks.process import ProcessChecker
+from kvirt.checks.task import check_task
+from kvirt.cli.common import format_option, page_progress, target_of
+from kvirt.findings import Report
+from kvirt.layout import layout_of
+from kvirt.render.json import check_document
+from kvirt.render.table import check_table
+from kvirt.tasks import find_process
+
+
+@click.command("check-pid")
+@click.argument("pids", metavar="PID...", type=click.IntRange(min=1), nargs=-1, required=True)
+@click.option("--vmas/--no-vmas", default=True, show_default=True, help="Print the table of VMAs too.")
+@click.option("--strict", is_flag=True, help="Exit with status 1 on warnings too.")
+@format_option
+@click.pass_context
+def command(ctx: click.Context, pids: tuple[int, ...], vmas: bool, strict: bool, format_: str) -> None:
+    """Check the page offsets of processes.
+
+    Every VMA's offsets, anon_vma and chain, and the folio of every page in the page tables, are checked
+    against what the kernel's reverse mapping relies on.
+
+    Exit status: 0 consistent, 1 an error was found, 2 wrong usage or environment, 3 no error found but
+    something could not be checked.
+    """
+    target = target_of(ctx)
+    layout = layout_of(target.prog)
+    checker = ProcessChecker(target.prog, layout, moves=target.moves)
+    processes = [find_process(target.prog, pid) for pid in pids]
+    with page_progress() as progress:
+        report = Report([check_task(checker, process, progress) for process in processes])
+    if format_ == "json":
+        click.echo(check_document(target, layout, report))
+    else:
+        click.echo(check_table(target, layout, report, vmas=vmas))
+    for sentence in report.incomplete() if format_ == "json" else ():
+        click.echo(f"kvirt: {sentence}", err=True)
+    ctx.exit(report.exit_status(strict))

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``kvirt vmas``."""
+
+from __future__ import annotations
+
+import click
+import drgn
+
+from kvirt.checks.task import vma_rows
+from kvirt.cli.common import format_option, target_of
+from kvirt.errors import KvirtError
+from kvirt.layout import layout_of
+from kvirt.mm.address_space import read_address_space
+from kvirt.render.json import vmas_document
+from kvirt.render.table import vmas_table
+from kvirt.tasks import find_process
+
+
+@click.command("vmas")
+@click.argument("pid", metavar="PID", type=click.IntRange(min=1))
+@format_option
+@click.pass_context
+def command(ctx: click.Context, pid: int, format_: str) -> None:
+    """Show a process's VMAs with both page offsets.
+
+    "displaced" is by how many pages the offset of anonymous folios differs from the address: 0 is in
+    place. A displaced VMA is not broken: a moved one is, and the stack of every process.
+    """
+    target = target_of(ctx)
+    layout = layout_of(target.prog)
+    process = find_process(target.prog, pid)
+    try:
+        space = read_address_space(target.prog, layout, process.mm, rmap=False)
+        rows = vma_rows(target.prog, space)
+    except drgn.FaultError as error:
+        raise KvirtError(f"The memory map of PID {pid} cannot be read ({error}).") from None
+    render = vmas_document if format_ == "json" else vmas_table
+    click.echo(render(target, layout, pid, process.comm, rows))
+    if space.broken_tree is not None:
+        click.echo(f"kvirt: the list is not complete: {space.broken_tree}.", err=True)
+        ctx.exit(3)

@@ -1,0 +1,533 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What this kernel looks like: scheme, member offsets, page geometry.
+
+The only module that asks "does this kernel have ...?". It decides by types, members, symbols and
+prototypes, never by version number.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import drgn
+import numpy as np
+
+from kvirt.errors import KvirtError
+
+
+class Scheme(enum.StrEnum):
+    """Which page offset indexes an anonymous folio of a private file mapping."""
+
+    ANON_PGOFF = "anon_pgoff"
+    """``__vm_anon_pgoff_lo/_hi``: Linux 7.3 and later."""
+    VIRT_PGOFF = "virt_pgoff"
+    """``__vm_virt_pgoff_lo/_hi``: the series before it was merged."""
+    LEGACY = "legacy"
+    """``vm_pgoff``, the file offset: Linux 7.2 and earlier."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a member lies in its structure, in bytes."""
+
+    offset: int
+    size: int
+
+
+class StructLayout:
+    """Offsets of the members of one structure, and how to decode its bytes.
+
+    A name that this kernel's structure lacks is absent from the decoded mapping.
+    """
+
+    def __init__(self, type_name: str, size: int, members: Mapping[str, Member]) -> None:
+        self.type_name = type_name
+        self.size = size
+        self.members = dict(members)
+        self._items = tuple((n, m.offset, m.offset + m.size) for n, m in self.members.items())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.members
+
+    def offset(self, name: str) -> int:
+        """Offset of a member, in bytes."""
+        return self.members[name].offset
+
+    def decode(self, data: bytes) -> dict[str, int]:
+        """Unsigned little-endian values of all members, by name."""
+        return {n: int.from_bytes(data[a:b], "little") for n, a, b in self._items}
+
+    def read(self, prog: drgn.Program, address: int) -> dict[str, int]:
+        """Read the structure at a virtual address with one read.
+
+        :raises drgn.FaultError: if it cannot be read
+        """
+        return self.decode(prog.read(address, self.size))
+
+
+def _resolve(type_: drgn.Type, path: str) -> Member | None:
+    """Find ``a.b.c`` in a structure, through anonymous members."""
+    bits = 0
+    for name in path.split("."):
+        while type_.kind == drgn.TypeKind.TYPEDEF:
+            type_ = type_.type
+        if type_.kind not in (drgn.TypeKind.STRUCT, drgn.TypeKind.UNION, drgn.TypeKind.CLASS):
+            return None
+        try:
+            member = type_.member(name)
+        except LookupError:
+            return None
+        bits += member.bit_offset
+        type_ = member.type
+    return Member(bits // 8, drgn.sizeof(type_))
+
+
+def _struct(
+    prog: drgn.Program,
+    type_name: str,
+    required: Mapping[str, Sequence[str]],
+    optional: Mapping[str, Sequence[str]] | None = None,
+) -> StructLayout:
+    """Lay out a structure; each member has one or more spellings, of which the first found counts."""
+    try:
+        type_ = prog.type(type_name)
+    except LookupError:
+        raise KvirtError(
+            f"This kernel's type information has no {type_name}: give the vmlinux with full debug "
+            "information of this very kernel with --symbols."
+        ) from None
+    members = {}
+    for name, paths in {**required, **(optional or {})}.items():
+        found = next((m for m in (_resolve(type_, p) for p in paths) if m is not None), None)
+        if found is not None:
+            members[name] = found
+        elif name in required:
+            raise KvirtError(
+                f"{type_name} of this kernel has no member {' or '.join(paths)}: this version of "
+                "kvirt does not know such a kernel; please report its version."
+            )
+    return StructLayout(type_name, type_.size or 0, members)
+
+
+# include/linux/mm.h. Newer kernels also have them as enumerators, which are preferred.
+_VM_FLAG_BITS = {
+    "READ": 0,
+    "WRITE": 1,
+    "EXEC": 2,
+    "SHARED": 3,
+    "MAYWRITE": 5,
+    "MAYSHARE": 7,
+    "GROWSDOWN": 8,
+    "PFNMAP": 10,
+    "IO": 14,
+    "SEQ_READ": 15,
+    "RAND_READ": 16,
+    "HUGETLB": 22,
+    "WIPEONFORK": 25,
+    "MIXEDMAP": 28,
+}
+
+_PGOFF_MEMBER = re.compile(r"^(?:__)?vm_(virt|anon)_pgoff(_lo|_hi)?$")
+
+# include/linux/mm_types.h (include/linux/sched/coredump.h before 7.0)
+MMF_UNSTABLE = 1 << 22
+# include/linux/sched.h
+PF_KTHREAD = 0x00200000
+# kernel/locking/rwsem.c
+RWSEM_WRITER_LOCKED = 1
+
+
+@dataclass(frozen=True)
+class MapleLayout:
+    """struct maple_node, include/linux/maple_tree.h; offsets in 64-bit words."""
+
+    node_words: int
+    range_pivots: slice
+    range_slots: slice
+    range_meta_end: int
+    """Byte offset of ``mr64.meta.end``."""
+    arange_pivots: slice
+    arange_slots: slice
+    arange_meta_end: int
+    """Byte offset of ``ma64.meta.end``."""
+
+
+@dataclass(frozen=True)
+class SwapTypes:
+    """How the swap types above MAX_SWAPFILES are used (include/linux/swap.h)."""
+
+    names: tuple[str, ...]
+    """Name of each of the 32 swap types: "swap", "hwpoison", "migration", "device" or "marker"."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about this kernel's structures that kvirt needs."""
+
+    release: str
+    arch: str
+    scheme: Scheme
+    page_shift: int
+    pgtable_levels: int
+    physical_mask: int
+    """Physical address bits of a page-table entry (``__PHYSICAL_MASK``)."""
+    vmemmap: int
+    """Address of the struct page of page frame 0."""
+    vma: StructLayout
+    mm: StructLayout
+    avc: StructLayout
+    anon_vma: StructLayout
+    page: StructLayout
+    page_dtype: np.dtype[np.void]
+    compound_mask: bool
+    """Tail pages hold a mask rather than a pointer (``compound_info_has_mask``)."""
+    maple: MapleLayout
+    vm: Mapping[str, int]
+    """``VM_...`` masks by name without the prefix."""
+    pg_hwpoison: int
+    """Mask of ``PG_hwpoison`` in page flags, 0 if the kernel has none."""
+    zero_pfn: int | None
+    zero_pages: int
+    huge_zero_pfn_address: int | None
+    """Where the kernel keeps the huge zero folio's page frame; it comes and goes."""
+    swap_types: SwapTypes
+    shmem_ops: frozenset[int]
+    """Addresses of the vm_operations_struct of shmem mappings."""
+    special_mapping_ops: frozenset[int]
+    dontunmap_resets_pgoff: bool
+    """mremap(MREMAP_DONTUNMAP) makes an emptied source natural again."""
+    hugetlb_index_in_pages: bool
+    """hugetlb folios are indexed in base pages, as all others (Linux 6.7 and later)."""
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a base page."""
+        return 1 << self.page_shift
+
+
+def _variable(prog: drgn.Program, name: str) -> drgn.Object | None:
+    try:
+        return prog.variable(name)
+    except LookupError:
+        return None
+
+
+def _address(prog: drgn.Program, name: str) -> int | None:
+    try:
+        return prog.symbol(name).address
+    except LookupError:
+        obj = _variable(prog, name)
+        return None if obj is None or obj.address_ is None else int(obj.address_)
+
+
+def _has_function(prog: drgn.Program, name: str) -> bool:
+    try:
+        prog.function(name)
+    except LookupError:
+        return _address(prog, name) is not None
+    return True
+
+
+def _number(prog: drgn.Program, name: str, size: int = 8) -> int | None:
+    """Value of an integer variable, also where only its symbol is known."""
+    obj = _variable(prog, name)
+    if obj is not None:
+        return int(obj.value_())
+    address = _address(prog, name)
+    return None if address is None else int.from_bytes(prog.read(address, size), "little")
+
+
+def _copy_vma_parameters(prog: drgn.Program) -> list[str] | None:
+    try:
+        return [p.name or "" for p in prog.function("copy_vma").type_.parameters]
+    except LookupError:
+        return None
+
+
+def detect_scheme(members: Sequence[str], copy_vma: Sequence[str] | None) -> Scheme:
+    """Tell the scheme by the members of struct vm_area_struct and the prototype of copy_vma().
+
+    :param members: names of all members, anonymous ones looked through
+    :param copy_vma: names of copy_vma()'s parameters, None if its prototype is not known
+    :raises KvirtError: if the witnesses contradict each other
+    """
+    styles: dict[str, set[str]] = {}
+    for name in members:
+        if match := _PGOFF_MEMBER.match(name):
+            styles.setdefault(match[1], set()).add(name)
+    if len(styles) > 1:
+        names = ", ".join(sorted(set().union(*styles.values())))
+        raise KvirtError(
+            f"struct vm_area_struct of this kernel has page offsets of more than one kind ({names}): "
+            "kvirt will not guess which one indexes folios; please report this kernel's version."
+        )
+    style = next(iter(styles), None)
+    if style is not None and not {f"__vm_{style}_pgoff_lo", f"__vm_{style}_pgoff_hi"} <= styles[style]:
+        names = ", ".join(sorted(styles[style]))
+        raise KvirtError(
+            f"struct vm_area_struct of this kernel spells its second page offset in an unknown way "
+            f"({names}): this version of kvirt cannot read it; please report this kernel's version."
+        )
+    witness = None
+    if copy_vma is not None:
+        named = [m[1] for p in copy_vma if (m := re.match(r"^(virt|anon)_pgoff$", p))]
+        witness = named[0] if named else ""
+    if witness is not None and witness != (style or ""):
+        raise KvirtError(
+            "struct vm_area_struct and the prototype of copy_vma() of this kernel disagree on whether "
+            "there is a second page offset: kvirt will not guess; check that the debug file belongs to "
+            "this kernel, and report its version."
+        )
+    return {None: Scheme.LEGACY, "anon": Scheme.ANON_PGOFF, "virt": Scheme.VIRT_PGOFF}[style]
+
+
+def _member_names(type_: drgn.Type) -> list[str]:
+    names: list[str] = []
+    for member in type_.members or ():
+        if member.name is None:
+            names += _member_names(member.type)
+        else:
+            names.append(member.name)
+    return names
+
+
+def swap_type_names(max_swapfiles: int, hwpoison: bool) -> tuple[str, ...]:
+    """Name the 32 swap types from MAX_SWAPFILES, following include/linux/swap.h.
+
+    From MAX_SWAPFILES upwards: hwpoison (1, with memory failure handling), migration (3), device-private
+    and device-exclusive (none, or all that remain), and the PTE marker as the last.
+    """
+    total = 1 << 5
+    names = ["swap"] * max_swapfiles
+    if hwpoison:
+        names.append("hwpoison")
+    names += ["migration"] * 3
+    names += ["device"] * (total - 1 - len(names))
+    names.append("marker")
+    if len(names) != total:
+        raise KvirtError(
+            f"This kernel has {max_swapfiles} swap types, which this version of kvirt does not know "
+            "how to read; please report its version."
+        )
+    return tuple(names)
+
+
+def _maple(prog: drgn.Program) -> MapleLayout:
+    node = prog.type("struct maple_node")
+
+    def words(path: str) -> slice:
+        member = _resolve(node, path)
+        assert member is not None
+        return slice(member.offset // 8, (member.offset + member.size) // 8)
+
+    def byte(path: str) -> int:
+        member = _resolve(node, path)
+        assert member is not None
+        return member.offset
+
+    return MapleLayout(
+        node_words=drgn.sizeof(node) // 8,
+        range_pivots=words("mr64.pivot"),
+        range_slots=words("mr64.slot"),
+        range_meta_end=byte("mr64.meta.end"),
+        arange_pivots=words("ma64.pivot"),
+        arange_slots=words("ma64.slot"),
+        arange_meta_end=byte("ma64.meta.end"),
+    )
+
+
+def _vm_flags(prog: drgn.Program) -> dict[str, int]:
+    flags = {}
+    for name, bit in _VM_FLAG_BITS.items():
+        try:
+            flags[name] = 1 << int(prog.constant(f"VMA_{name}_BIT").value_())
+        except LookupError:
+            flags[name] = 1 << bit
+    return flags
+
+
+def _vma(prog: drgn.Program, scheme: Scheme) -> StructLayout:
+    required = {
+        name: [name]
+        for name in (
+            "vm_start",
+            "vm_end",
+            "vm_mm",
+            "vm_flags",
+            "anon_vma",
+            "vm_ops",
+            "vm_pgoff",
+            "vm_file",
+        )
+    }
+    required["chain_next"] = ["anon_vma_chain.next"]
+    required["chain_prev"] = ["anon_vma_chain.prev"]
+    style = {Scheme.ANON_PGOFF: "anon", Scheme.VIRT_PGOFF: "virt"}.get(scheme)
+    if style is not None:
+        required["anon_pgoff_lo"] = [f"__vm_{style}_pgoff_lo"]
+        required["anon_pgoff_hi"] = [f"__vm_{style}_pgoff_hi"]
+    layout = _struct(prog, "struct vm_area_struct", required, {"anon_name": ["anon_name"]})
+    # Between 5.17 and 6.1 the name shares its place with the file mapping's tree node.
+    shared = _resolve(prog.type("struct vm_area_struct"), "shared")
+    if shared is not None and layout.members.get("anon_name", Member(-1, 0)).offset == shared.offset:
+        del layout.members["anon_name"]
+    return StructLayout(layout.type_name, layout.size, layout.members)
+
+
+def _page(prog: drgn.Program) -> tuple[StructLayout, np.dtype[np.void]]:
+    # "mapping" and "index" lie at the same offsets in struct page and struct folio; a folio's are
+    # those of its first page.
+    layout = _struct(
+        prog,
+        "struct page",
+        {
+            "flags": ["flags.f", "flags"],
+            "compound": ["compound_info", "compound_head"],
+            "mapping": ["mapping"],
+            "index": ["__folio_index", "index"],
+            "mapcount": ["_mapcount.counter"],
+        },
+    )
+    formats = {8: "<u8", 4: "<i4"}
+    dtype = np.dtype(
+        {
+            "names": list(layout.members),
+            "formats": [formats[m.size] for m in layout.members.values()],
+            "offsets": [m.offset for m in layout.members.values()],
+            "itemsize": layout.size,
+        }
+    )
+    return layout, dtype
+
+
+def _pgtable_levels(prog: drgn.Program) -> int:
+    l5 = _number(prog, "__pgtable_l5_enabled", 4)
+    return 5 if l5 else 4
+
+
+def read_layout(prog: drgn.Program) -> Layout:
+    """Learn this kernel's layout.
+
+    :raises KvirtError: if kvirt does not know this kind of kernel, or witnesses contradict each other
+    """
+    platform = prog.platform
+    if platform is None or platform.arch != drgn.Architecture.X86_64:
+        name = "an unknown architecture" if platform is None else platform.arch.name.lower()
+        raise KvirtError(f"This kernel is for {name}; this version of kvirt reads x86-64 only.")
+    vma_type = prog.type("struct vm_area_struct")
+    if vma_type.has_member("vm_region"):
+        raise KvirtError(
+            "This kernel has no MMU support, and page offsets mean something else there: "
+            "kvirt does not read it."
+        )
+    copy_vma = _copy_vma_parameters(prog)
+    scheme = detect_scheme(_member_names(vma_type), copy_vma)
+    page, page_dtype = _page(prog)
+    physical_mask = _number(prog, "physical_mask") or (1 << 52) - 1
+    sme = _number(prog, "sme_me_mask") or 0
+    zero_pfn = _number(prog, "zero_page_pfn")
+    if zero_pfn is None:
+        zero_pfn = _number(prog, "zero_pfn") if _variable(prog, "zero_pfn") is not None else None
+    try:
+        pg_hwpoison = 1 << int(prog.constant("PG_hwpoison").value_())
+    except LookupError:
+        pg_hwpoison = 0
+    try:
+        max_swapfiles = int(prog["swap_info"].type_.length or 0)
+    except LookupError:
+        # Without CONFIG_SWAP there are no swap entries proper; migration entries still exist.
+        max_swapfiles = 32 - 5
+    page_size = page.size
+    has_mask = (
+        prog.type("struct page").has_member("compound_info")
+        and page_size & (page_size - 1) == 0
+        and prog.type("struct zone").has_member("vmemmap_tails")
+    )
+    return Layout(
+        release=prog["UTS_RELEASE"].string_().decode(),
+        arch="x86_64",
+        scheme=scheme,
+        page_shift=int(prog["PAGE_SHIFT"].value_()),
+        pgtable_levels=_pgtable_levels(prog),
+        physical_mask=physical_mask & ~sme,
+        vmemmap=int(prog["vmemmap"].value_()),
+        vma=_vma(prog, scheme),
+        mm=_struct(
+            prog,
+            "struct mm_struct",
+            {
+                "ma_root": ["mm_mt.ma_root"],
+                "map_count": ["map_count"],
+                "mm_users": ["mm_users.counter"],
+                "pgd": ["pgd"],
+                "start_stack": ["start_stack"],
+                "start_brk": ["start_brk"],
+                "brk": ["brk"],
+                "flags": ["flags"],
+            },
+            # PREEMPT_RT's rw_semaphore has no such count: then it is not known who holds it.
+            {"mmap_lock_count": ["mmap_lock.count.counter"]},
+        ),
+        avc=_struct(
+            prog,
+            "struct anon_vma_chain",
+            {
+                "vma": ["vma"],
+                "anon_vma": ["anon_vma"],
+                "same_vma_next": ["same_vma.next"],
+                "same_vma_prev": ["same_vma.prev"],
+            },
+        ),
+        anon_vma=_struct(
+            prog,
+            "struct anon_vma",
+            {
+                "root": ["root"],
+                "parent": ["parent"],
+                "refcount": ["refcount.refs.counter", "refcount.counter"],
+                "rb_root": ["rb_root.rb_root.rb_node"],
+            },
+            {
+                "num_children": ["num_children"],
+                "num_active_vmas": ["num_active_vmas"],
+                "rwsem_count": ["rwsem.count.counter"],
+            },
+        ),
+        page=page,
+        page_dtype=page_dtype,
+        compound_mask=has_mask,
+        maple=_maple(prog),
+        vm=_vm_flags(prog),
+        pg_hwpoison=pg_hwpoison,
+        zero_pfn=zero_pfn,
+        zero_pages=((_number(prog, "zero_page_mask") or 0) >> 12) + 1,
+        huge_zero_pfn_address=_address(prog, "huge_zero_pfn"),
+        swap_types=SwapTypes(swap_type_names(max_swapfiles, _has_function(prog, "memory_failure"))),
+        shmem_ops=frozenset(
+            a for a in (_address(prog, n) for n in ("shmem_vm_ops", "shmem_anon_vm_ops")) if a is not None
+        ),
+        special_mapping_ops=frozenset(
+            a
+            for a in (_address(prog, n) for n in ("special_mapping_vmops", "legacy_special_mapping_vmops"))
+            if a is not None
+        ),
+        # Both came with the same change to copy_vma(), which was backported unevenly.
+        dontunmap_resets_pgoff=copy_vma is None or "keep_source" in copy_vma,
+        # Removed with the special units: "mm/filemap: remove hugetlb special casing" (6.7).
+        hugetlb_index_in_pages=not _has_function(prog, "hugetlb_basepage_index"),
+    )
+
+
+def layout_of(prog: drgn.Program) -> Layout:
+    """The layout of a program's kernel, learned once.
+
+    :raises KvirtError: as :func:`read_layout`
+    """
+    layout = prog.cache.get("kvirt.layout")
+    if not isinstance(layout, Layout):
+        layout = read_layout(prog)
+        prog.cache["kvirt.layout"] = layout
+    return layout

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""One process's struct mm_struct with its VMAs, their chains and anon_vmas, as read in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import drgn
+
+from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
+from kvirt.mm.maple import MapleError, mt_for_each
+from kvirt.mm.rmap import AnonVma, Chain, for_each_avc, read_anon_vma
+from kvirt.mm.vma import Vma, read_vma
+
+
+@dataclass(frozen=True, slots=True)
+class MmEntry:
+    """One entry of ``mm->mm_mt``."""
+
+    first: int
+    last: int
+    vma: Vma
+
+
+@dataclass(slots=True)
+class AddressSpace:
+    """A ``struct mm_struct`` and what hangs on it."""
+
+    layout: Layout
+    address: int
+    pgd: int
+    map_count: int
+    mm_users: int
+    unstable: bool
+    """MMF_UNSTABLE: the OOM reaper has been here, contents may be gone."""
+    write_locked: bool | None
+    """Whether somebody held mmap_lock for write; None where the kernel does not tell."""
+    start_stack: int
+    start_brk: int
+    brk: int
+    entries: list[MmEntry] = field(default_factory=list)
+    chains: dict[int, Chain] = field(default_factory=dict)
+    """Chain of each VMA, by the VMA's address."""
+    anon_vmas: dict[int, AnonVma] = field(default_factory=dict)
+    """Each anon_vma in the chains, and what it points to, by address."""
+    unreadable: dict[int, str] = field(default_factory=dict)
+    """anon_vmas that could not be read, and why."""
+    broken_tree: str | None = None
+    """Why the maple tree could not be followed to its end, if it could not."""
+
+    def vmas(self) -> Iterator[Vma]:
+        """The VMAs in order of their addresses."""
+        return (entry.vma for entry in self.entries)
+
+
+def _add_anon_vma(prog: drgn.Program, space: AddressSpace, address: int) -> None:
+    if address == 0 or address in space.anon_vmas or address in space.unreadable:
+        return
+    try:
+        space.anon_vmas[address] = read_anon_vma(prog, space.layout, address)
+    except drgn.FaultError as error:
+        space.unreadable[address] = str(error)
+
+
+def _write_locked(m: dict[str, int]) -> bool | None:
+    count = m.get("mmap_lock_count")
+    return None if count is None else bool(count & RWSEM_WRITER_LOCKED)
+
+
+def mm_write_locked(prog: drgn.Program, layout: Layout, mm: int) -> bool | None:
+    """Whether somebody holds a process's mmap_lock for write; None where the kernel does not tell.
+
+    :param mm: address of the ``struct mm_struct``
+    :raises drgn.FaultError: if it cannot be read
+    """
+    return _write_locked(layout.mm.read(prog, mm))
+
+
+def read_address_space(prog: drgn.Program, layout: Layout, mm: int, *, rmap: bool = True) -> AddressSpace:
+    """Read a process's VMAs and, if *rmap*, their chains and anon_vmas.
+
+    :param mm: address of the ``struct mm_struct``
+    :raises drgn.FaultError: if the mm_struct itself cannot be read; everything else that cannot be read
+        or followed is recorded
+    """
+    m = layout.mm.read(prog, mm)
+    space = AddressSpace(
+        layout=layout,
+        address=mm,
+        pgd=m["pgd"],
+        map_count=m["map_count"],
+        mm_users=m["mm_users"],
+        unstable=bool(m["flags"] & MMF_UNSTABLE),
+        write_locked=_write_locked(m),
+        start_stack=m["start_stack"],
+        start_brk=m["start_brk"],
+        brk=m["brk"],
+    )
+    try:
+        for first, last, entry in mt_for_each(prog, layout, m["ma_root"]):
+            try:
+                vma = read_vma(prog, layout, entry)
+            except drgn.FaultError:
+                space.broken_tree = f"the entry for {first:#x} points to {entry:#x}, which cannot be read"
+                continue
+            space.entries.append(MmEntry(first, last, vma))
+    except MapleError as error:
+        space.broken_tree = str(error)
+    if rmap:
+        for vma in space.vmas():
+            chain = for_each_avc(prog, layout, vma)
+            space.chains[vma.address] = chain
+            _add_anon_vma(prog, space, vma.anon_vma)
+            for link in chain.links:
+                _add_anon_vma(prog, space, link.anon_vma)
+        # A root that is not in any chain is damage, and a check wants to look at it.
+        for anon_vma in list(space.anon_vmas.values()):
+            _add_anon_vma(prog, space, anon_vma.root)
+            _add_anon_vma(prog, space, anon_vma.parent)
+    return space

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The maple tree, read a node at a time.
+
+drgn's ``mt_for_each()`` reads each pivot and slot on its own, which takes seconds for a process with
+tens of thousands of VMAs, and it follows a tree with a loop for ever.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import drgn
+
+from kvirt.layout import Layout
+
+_ULONG_MAX = (1 << 64) - 1
+# lib/maple_tree.c: MAPLE_HEIGHT_MAX
+_HEIGHT_MAX = 31
+# include/linux/maple_tree.h: MAPLE_NODE_MASK, MAPLE_NODE_TYPE_SHIFT, MAPLE_NODE_TYPE_MASK
+_NODE_MASK = 255
+_LEAF_64, _RANGE_64, _ARANGE_64 = 1, 2, 3
+# include/linux/xarray.h: xa_mk_internal(257), XA_ZERO_ENTRY
+_XA_ZERO_ENTRY = 257 << 2 | 2
+
+
+class MapleError(Exception):
+    """The tree cannot be followed: corrupted, or changed while it was read."""
+
+
+def _is_node(entry: int) -> bool:
+    # xa_is_node()
+    return entry & 3 == 2 and entry > 4096
+
+
+def _node(
+    prog: drgn.Program, layout: Layout, entry: int, max_index: int
+) -> tuple[list[int], list[int], bool]:
+    """Pivots and slots in use of a node, and whether it is a leaf (``ma_data_end()`` and friends)."""
+    maple = layout.maple
+    address = entry & ~_NODE_MASK
+    try:
+        data = prog.read(address, maple.node_words * 8)
+    except drgn.FaultError as error:
+        raise MapleError(f"maple node {address:#x} cannot be read ({error})") from None
+    words = struct.unpack(f"<{maple.node_words}Q", data)
+    # ma_dead_node(): a node that was replaced is its own parent.
+    if words[0] & ~_NODE_MASK == address:
+        raise MapleError(f"maple node {address:#x} is dead")
+    type_ = entry >> 3 & 0xF
+    if type_ == _ARANGE_64:
+        pivots, slots = words[maple.arange_pivots], words[maple.arange_slots]
+        end = data[maple.arange_meta_end]
+    elif type_ in (_LEAF_64, _RANGE_64):
+        pivots, slots = words[maple.range_pivots], words[maple.range_slots]
+        last = pivots[-1]
+        if last == 0:
+            end = data[maple.range_meta_end]
+        else:
+            end = len(pivots) - 1 if last == max_index else len(pivots)
+    else:
+        raise MapleError(f"maple node {address:#x} is of unknown type {type_}")
+    if end >= len(slots):
+        raise MapleError(f"maple node {address:#x} claims {end + 1} slots and has {len(slots)}")
+    return list(pivots[:end]), list(slots[: end + 1]), type_ == _LEAF_64
+
+
+def mt_for_each(prog: drgn.Program, layout: Layout, ma_root: int) -> Iterator[tuple[int, int, int]]:
+    """Go through the entries of a maple tree in order.
+
+    :param ma_root: value of ``mt->ma_root``
+    :return: iterator of (first index, last index, entry); zero entries are left out
+    :raises MapleError: at the place where the tree cannot be followed; what came before it is valid
+    """
+    if not _is_node(ma_root):
+        if ma_root:
+            yield 0, 0, ma_root
+        return
+    seen: set[int] = set()
+    stack = [(ma_root, 0, _ULONG_MAX, 1)]
+    while stack:
+        entry, low, high, depth = stack.pop()
+        if entry & ~_NODE_MASK == 0:
+            raise MapleError("a maple node has an empty slot where a node should be")
+        if entry in seen or depth > _HEIGHT_MAX:
+            raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} is reached twice")
+        seen.add(entry)
+        pivots, slots, leaf = _node(prog, layout, entry, high)
+        children = []
+        first = low
+        for slot, last in zip(slots, [*pivots, high], strict=True):
+            if not first <= last <= high:
+                raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} has pivots out of order")
+            if leaf:
+                if slot and slot != _XA_ZERO_ENTRY:
+                    yield first, last, slot
+            else:
+                children.append((slot, first, last, depth + 1))
+            first = last + 1
+        stack += reversed(children)

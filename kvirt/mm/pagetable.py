@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""x86-64 page tables, read whole tables at a time and decoded with numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import drgn
+import numpy as np
+import numpy.typing as npt
+
+from kvirt.layout import Layout
+
+U64 = npt.NDArray[np.uint64]
+U8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+
+# arch/x86/include/asm/pgtable_types.h
+_PAGE_PRESENT = np.uint64(1 << 0)
+_PAGE_PSE = np.uint64(1 << 7)
+_PAGE_PROTNONE = np.uint64(1 << 8)
+_PAGE_SPECIAL = np.uint64(1 << 9)
+_ENTRIES = 512
+_TABLE_BYTES = 4096
+# PTE tables decoded at once: 1 Mi pages. Bounds memory, whatever the size of the process.
+_TABLES_AT_ONCE = 2048
+
+
+@dataclass(slots=True)
+class Leaves:
+    """Leaf entries of one level, that map or stand for pages. All arrays have one element an entry."""
+
+    address: U64
+    """Virtual address of the first page."""
+    entry: U64
+    """The entry as the hardware sees it."""
+    level: int
+    """0: PTE, 1: PMD, 2: PUD."""
+
+    def __len__(self) -> int:
+        return len(self.address)
+
+    @property
+    def pages(self) -> int:
+        """Base pages that one entry maps."""
+        return int(_ENTRIES**self.level)
+
+    def take(self, mask: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Leaves:
+        """Some of the entries."""
+        return Leaves(self.address[mask], self.entry[mask], self.level)
+
+
+@dataclass(slots=True)
+class WalkTroubles:
+    """What a walk could not follow."""
+
+    unreadable: list[int] = field(default_factory=list)
+    """Virtual addresses at which a page table starts that could not be read."""
+
+
+def leaf_present(leaves: Leaves) -> Bool:
+    """Which entries are present for the kernel: ``pte_present()``, ``pmd_present()``, ``pud_present()``.
+
+    An entry without access rights (PROT_NONE, NUMA hinting) is present for the kernel, though not for
+    the processor, and so is a huge page about to be split.
+    """
+    bits = _PAGE_PRESENT | _PAGE_PROTNONE
+    if leaves.level:
+        bits |= _PAGE_PSE
+    present: Bool = (leaves.entry & bits) != 0
+    return present
+
+
+def leaf_special(leaves: Leaves) -> Bool:
+    """Which present entries have no struct page to look at: ``pte_special()`` and its kin."""
+    special: Bool = (leaves.entry & _PAGE_SPECIAL) != 0
+    return special
+
+
+def leaf_pfn(layout: Layout, leaves: Leaves) -> U64:
+    """Page frame of each present entry: ``pte_pfn()``, ``pmd_pfn()``, ``pud_pfn()``.
+
+    Entries that the processor must not follow keep their page frame inverted against speculation
+    (arch/x86/include/asm/pgtable-invert.h).
+    """
+    inverted = np.where((leaves.entry & _PAGE_PRESENT) == 0, ~leaves.entry, leaves.entry)
+    mask = layout.physical_mask & ~((_TABLE_BYTES * leaves.pages) - 1)
+    return (inverted & np.uint64(mask)) >> np.uint64(layout.page_shift)
+
+
+def swap_type(leaves: Leaves) -> U8:
+    """Swap type of each entry that is not present: ``__swp_type()``, arch/x86/include/asm/pgtable_64.h."""
+    return (leaves.entry >> np.uint64(59)).astype(np.uint8)
+
+
+def _read_tables(
+    prog: drgn.Program, layout: Layout, entries: U64, addresses: U64, troubles: WalkTroubles
+) -> tuple[U64, U64]:
+    """Read the tables that entries point to: (n, 512) entries, and the n addresses they start at."""
+    physical = entries & np.uint64(layout.physical_mask & ~(_TABLE_BYTES - 1))
+    chunks: list[bytes] = []
+    good = np.ones(len(physical), dtype=bool)
+    # Neighbours in the address space are often neighbours in memory: read such runs at once.
+    breaks = np.flatnonzero(np.diff(physical) != _TABLE_BYTES) + 1
+    for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(physical)], strict=True):
+        try:
+            chunks.append(prog.read(int(physical[start]), (end - start) * _TABLE_BYTES, physical=True))
+        except drgn.FaultError:
+            for i in range(start, end):
+                try:
+                    chunks.append(prog.read(int(physical[i]), _TABLE_BYTES, physical=True))
+                except drgn.FaultError:
+                    good[i] = False
+                    troubles.unreadable.append(int(addresses[i]))
+    data = np.frombuffer(b"".join(chunks), dtype="<u8").reshape(-1, _ENTRIES)
+    return data, addresses[good]
+
+
+def _children(tables: U64, bases: U64, level: int, shift: int) -> tuple[U64, U64]:
+    """Entries of tables that are not empty, and the addresses that they start at."""
+    rows, columns = np.nonzero(tables)
+    span = np.uint64(shift + 9 * level)
+    return tables[rows, columns], bases[rows] + (columns.astype(np.uint64) << span)
+
+
+def _wanted(addresses: U64, span: int, wanted: U64 | None) -> Bool:
+    if wanted is None:
+        return np.ones(len(addresses), dtype=bool)
+    first = np.searchsorted(wanted, addresses)
+    last = np.searchsorted(wanted, addresses + np.uint64(span))
+    return first < last
+
+
+def for_each_leaf(
+    prog: drgn.Program,
+    layout: Layout,
+    pgd: int,
+    troubles: WalkTroubles,
+    wanted: U64 | None = None,
+) -> Iterator[Leaves]:
+    """Go through the leaf entries of a process's page tables, huge ones first, without the empty ones.
+
+    :param pgd: ``mm->pgd``, virtual address of the top table
+    :param troubles: takes what cannot be read
+    :param wanted: sorted addresses; if given, only leaves that cover one of them are visited
+    :raises drgn.FaultError: if the top table cannot be read
+    """
+    shift = layout.page_shift
+    level = layout.pgtable_levels - 1
+    top = np.frombuffer(prog.read(pgd, _TABLE_BYTES), dtype="<u8")
+    # The upper half is the kernel's.
+    tables = top.copy().reshape(1, _ENTRIES)
+    tables[0, _ENTRIES // 2 :] = 0
+    bases = np.zeros(1, dtype=np.uint64)
+    while True:
+        entries, addresses = _children(tables, bases, level, shift)
+        span = 1 << (shift + 9 * level)
+        keep = _wanted(addresses, span, wanted)
+        entries, addresses = entries[keep], addresses[keep]
+        if level in (1, 2):
+            # Not present entries at these levels are migration entries and the like: leaves too.
+            is_leaf = ((entries & _PAGE_PSE) != 0) | ((entries & _PAGE_PRESENT) == 0)
+            if is_leaf.any():
+                yield Leaves(addresses[is_leaf], entries[is_leaf], level)
+            entries, addresses = entries[~is_leaf], addresses[~is_leaf]
+        else:
+            present = (entries & _PAGE_PRESENT) != 0
+            entries, addresses = entries[present], addresses[present]
+        if level == 1:
+            break
+        if len(entries) == 0:
+            return
+        tables, bases = _read_tables(prog, layout, entries, addresses, troubles)
+        level -= 1
+    for start in range(0, len(entries), _TABLES_AT_ONCE):
+        part = slice(start, start + _TABLES_AT_ONCE)
+        tables, bases = _read_tables(prog, layout, entries[part], addresses[part], troubles)
+        found, at = _children(tables, bases, 0, shift)
+        keep = _wanted(at, layout.page_size, wanted)
+        if keep.any():
+            yield Leaves(at[keep], found[keep], 0)

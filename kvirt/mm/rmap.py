@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""anon_vmas, and the chains that tie VMAs to them (include/linux/rmap.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import drgn
+
+from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
+from kvirt.mm.vma import Vma
+
+# A chain is as long as the process is deep in forks. No kernel gets near; a damaged list may.
+CHAIN_MAX = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class AnonVma:
+    """A ``struct anon_vma`` as it was in one read."""
+
+    address: int
+    root: int
+    parent: int
+    refcount: int
+    rb_root: int
+    num_children: int | None
+    num_active_vmas: int | None
+    write_locked: bool | None
+    """Whether somebody held its rwsem for write; None where the kernel does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnonVmaChain:
+    """A ``struct anon_vma_chain`` (AVC): ties one VMA to one anon_vma."""
+
+    address: int
+    vma: int
+    anon_vma: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The AVCs on ``vma->anon_vma_chain``, in order."""
+
+    links: tuple[AnonVmaChain, ...]
+    broken: str | None = None
+    """Why the list could not be followed to its end, if it could not."""
+
+
+def read_anon_vma(prog: drgn.Program, layout: Layout, address: int) -> AnonVma:
+    """Read a ``struct anon_vma`` with one read.
+
+    :raises drgn.FaultError: if it cannot be read
+    """
+    m = layout.anon_vma.read(prog, address)
+    count = m.get("rwsem_count")
+    return AnonVma(
+        address,
+        m["root"],
+        m["parent"],
+        m["refcount"],
+        m["rb_root"],
+        m.get("num_children"),
+        m.get("num_active_vmas"),
+        None if count is None else bool(count & RWSEM_WRITER_LOCKED),
+    )
+
+
+def for_each_avc(prog: drgn.Program, layout: Layout, vma: Vma) -> Chain:
+    """Follow ``vma->anon_vma_chain``. A damaged list ends with what was read and the reason."""
+    head = vma.address + layout.vma.offset("chain_next")
+    link_offset = layout.avc.offset("same_vma_next")
+    links: list[AnonVmaChain] = []
+    seen: set[int] = set()
+    previous, node = head, vma.chain_next
+    while node != head:
+        if node in seen:
+            return Chain(tuple(links), f"the chain comes back to {node - link_offset:#x}")
+        if len(links) >= CHAIN_MAX:
+            return Chain(tuple(links), f"the chain has more than {CHAIN_MAX} links")
+        seen.add(node)
+        try:
+            m = layout.avc.read(prog, node - link_offset)
+        except drgn.FaultError:
+            return Chain(tuple(links), f"the chain leads to {node:#x}, which cannot be read")
+        if m["same_vma_prev"] != previous:
+            # Not a link of this list: either damage, or memory that was freed meanwhile.
+            return Chain(
+                tuple(links),
+                f"the link at {node - link_offset:#x} points back to {m['same_vma_prev']:#x} "
+                f"instead of {previous:#x}",
+            )
+        links.append(AnonVmaChain(node - link_offset, m["vma"], m["anon_vma"]))
+        previous, node = node, m["same_vma_next"]
+    if vma.chain_prev != previous:
+        return Chain(
+            tuple(links),
+            f"the chain's last link should be {previous:#x} and is {vma.chain_prev:#x}",
+        )
+    return Chain(tuple(links))

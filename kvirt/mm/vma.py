@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""struct vm_area_struct: read whole, and the kernel's own arithmetic on it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import drgn
+from drgn.helpers.linux.fs import d_path
+from drgn.helpers.linux.mm import vma_name as _drgn_vma_name
+
+from kvirt.layout import Layout, layout_of
+
+
+class VmaKind(enum.StrEnum):
+    """What a VMA maps."""
+
+    ANON = "anon"
+    SHMEM = "shmem"
+    DEVZERO = "devzero"
+    FILE_PRIVATE = "file-private"
+    FILE_SHARED = "file-shared"
+    HUGETLB = "hugetlb"
+    STACK = "stack"
+    SPECIAL = "special"
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """A ``struct vm_area_struct`` as it was in one read. Page offsets count base pages."""
+
+    layout: Layout
+    address: int
+    vm_start: int
+    vm_end: int
+    vm_mm: int
+    vm_flags: int
+    vm_pgoff: int
+    anon_pgoff: int
+    """``vma_start_anon_pgoff()``; on a legacy kernel ``vm_pgoff``, which indexed folios there."""
+    anon_vma: int
+    vm_ops: int
+    vm_file: int
+    chain_next: int
+    chain_prev: int
+    anon_name: int
+
+    def flag(self, name: str) -> bool:
+        """Whether ``VM_<name>`` is set."""
+        return bool(self.vm_flags & self.layout.vm[name])
+
+
+def read_vma(prog: drgn.Program, layout: Layout, address: int) -> Vma:
+    """Read a VMA with one read, so that as little of it as possible is torn.
+
+    :param address: of the ``struct vm_area_struct``
+    :raises drgn.FaultError: if it cannot be read
+    """
+    m = layout.vma.read(prog, address)
+    if "anon_pgoff_lo" in m:
+        # include/linux/mm.h: vma_start_anon_pgoff()
+        anon_pgoff = m["anon_pgoff_hi"] << 32 | m["anon_pgoff_lo"]
+    else:
+        anon_pgoff = m["vm_pgoff"]
+    return Vma(
+        layout,
+        address,
+        m["vm_start"],
+        m["vm_end"],
+        m["vm_mm"],
+        m["vm_flags"],
+        m["vm_pgoff"],
+        anon_pgoff,
+        m["anon_vma"],
+        m["vm_ops"],
+        m["vm_file"],
+        m["chain_next"],
+        m["chain_prev"],
+        m.get("anon_name", 0),
+    )
+
+
+def vma_snapshot(vma: drgn.Object) -> Vma:
+    """The :class:`Vma` of a drgn object.
+
+    :param vma: ``struct vm_area_struct *``
+    """
+    return read_vma(vma.prog_, layout_of(vma.prog_), vma.value_())
+
+
+def vma_pages(vma: Vma) -> int:
+    """Pages that a VMA spans (include/linux/mm.h)."""
+    return (vma.vm_end - vma.vm_start) >> vma.layout.page_shift
+
+
+def vma_start_pgoff(vma: Vma) -> int:
+    """Offset of the first page in the file (include/linux/mm.h)."""
+    return vma.vm_pgoff
+
+
+def vma_start_anon_pgoff(vma: Vma) -> int:
+    """Offset by which anonymous folios of the first page are indexed (include/linux/mm.h)."""
+    return vma.anon_pgoff
+
+
+def linear_page_index(vma: Vma, address: int) -> int:
+    """Index in the file of the page at an address (include/linux/pagemap.h)."""
+    return vma.vm_pgoff + ((address - vma.vm_start) >> vma.layout.page_shift)
+
+
+def linear_anon_page_index(vma: Vma, address: int) -> int:
+    """Index that an anonymous page at an address has (include/linux/pagemap.h).
+
+    On a legacy kernel this is :func:`linear_page_index`.
+    """
+    return vma.anon_pgoff + ((address - vma.vm_start) >> vma.layout.page_shift)
+
+
+def vma_is_anonymous(vma: Vma) -> bool:
+    """Whether the VMA has no operations of its own; true for private /dev/zero (include/linux/mm.h)."""
+    return vma.vm_ops == 0
+
+
+def vma_is_pure_anon(vma: Vma) -> bool:
+    """Anonymous, and without a file too."""
+    return vma.vm_ops == 0 and vma.vm_file == 0
+
+
+def vma_is_cow_mapping(vma: Vma) -> bool:
+    """Whether a write may make an anonymous copy (``is_cow_mapping()``, include/linux/mm.h)."""
+    shared, maywrite = vma.layout.vm["SHARED"], vma.layout.vm["MAYWRITE"]
+    return vma.vm_flags & (shared | maywrite) == maywrite
+
+
+def vma_is_temporary_stack(vma: Vma) -> bool:
+    """Whether an exec still builds its stack here (include/linux/mm.h)."""
+    incomplete = vma.layout.vm["RAND_READ"] | vma.layout.vm["SEQ_READ"]
+    return vma.flag("GROWSDOWN") and vma.vm_flags & incomplete == incomplete
+
+
+def displacement(vma: Vma) -> int:
+    """Pages by which the anonymous offset differs from the address; 0 is "in place"."""
+    return vma.anon_pgoff - (vma.vm_start >> vma.layout.page_shift)
+
+
+def permissions(vma: Vma) -> str:
+    """The permissions as in ``/proc/PID/maps`` ("rw-p")."""
+    letters = [c if vma.flag(n) else "-" for c, n in (("r", "READ"), ("w", "WRITE"), ("x", "EXEC"))]
+    return "".join(letters) + ("s" if vma.flag("MAYSHARE") else "p")
+
+
+def vma_kind(vma: Vma, start_stack: int = 0) -> VmaKind:
+    """Sort a VMA into the kinds of "anonymous", and the rest.
+
+    :param start_stack: ``mm->start_stack``, 0 if not known
+    """
+    # The order matters: a hugetlb mapping has a file, a stack has none.
+    if vma.flag("HUGETLB"):
+        return VmaKind.HUGETLB
+    if vma_is_pure_anon(vma):
+        if vma.flag("GROWSDOWN") or vma.vm_start <= start_stack < vma.vm_end:
+            return VmaKind.STACK
+        return VmaKind.ANON
+    if vma.flag("PFNMAP") or vma.flag("IO") or vma.vm_file == 0:
+        return VmaKind.SPECIAL
+    if vma_is_anonymous(vma):
+        return VmaKind.DEVZERO
+    if not vma.flag("MAYSHARE"):
+        return VmaKind.FILE_PRIVATE
+    return VmaKind.SHMEM if vma.vm_ops in vma.layout.shmem_ops else VmaKind.FILE_SHARED
+
+
+class VmaNames:
+    """Names of VMAs as ``/proc/PID/maps`` shows them; a file's path is found once."""
+
+    def __init__(self, prog: drgn.Program, start_stack: int, start_brk: int, brk: int) -> None:
+        self._prog = prog
+        self._start_stack = start_stack
+        self._heap = (start_brk, brk)
+        self._files: dict[int, str] = {}
+
+    def _file(self, address: int) -> str:
+        if address not in self._files:
+            try:
+                file = drgn.Object(self._prog, "struct file *", address)
+                self._files[address] = d_path(file.f_path).decode(errors="backslashreplace")
+            except (drgn.FaultError, LookupError, ValueError, AttributeError):
+                # A path is a courtesy: a torn or damaged dentry must not stop the check.
+                self._files[address] = "?"
+        return self._files[address]
+
+    def __call__(self, vma: Vma) -> str:
+        """Name of a VMA, "" if it has none (fs/proc/task_mmu.c: get_vma_name())."""
+        name = ""
+        try:
+            if vma.anon_name:
+                anon = drgn.Object(self._prog, "struct anon_vma_name *", vma.anon_name)
+                prefix = "anon_shmem" if vma.vm_file else "anon"
+                name = f"[{prefix}:{anon.name.string_().decode(errors='backslashreplace')}]"
+            elif vma.vm_file:
+                name = self._file(vma.vm_file)
+            elif vma.vm_ops:
+                obj = drgn.Object(self._prog, "struct vm_area_struct *", vma.address)
+                name = _drgn_vma_name(obj).decode(errors="backslashreplace")
+            elif vma.vm_start <= self._heap[1] and vma.vm_end >= self._heap[0] and self._heap[0]:
+                name = "[heap]"
+            elif vma.vm_start <= self._start_stack <= vma.vm_end:
+                name = "[stack]"
+        except (drgn.FaultError, LookupError, ValueError, AttributeError):
+            name = "?"
+        return name

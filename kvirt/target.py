@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Opens what the user pointed at: the running kernel, a vmcore, or a QEMU guest from outside."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import drgn
+
+from kvirt.errors import KvirtError
+
+# drgn reports what it looked for and missed through this logger. What matters of it is said by the
+# sentences below; the rest would stand between a user and the result.
+logging.getLogger("drgn").setLevel(logging.CRITICAL)
+
+
+class Kind(enum.StrEnum):
+    """What a target is."""
+
+    LIVE = "live"
+    CORE = "core"
+    QEMU = "qemu"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An opened kernel."""
+
+    prog: drgn.Program
+    kind: Kind
+    types: str
+    """"dwarf" or "btf"."""
+    location: str
+    """What was opened, for people."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the kernel runs while it is read."""
+        return self.kind is not Kind.CORE
+
+
+def _main_module(prog: drgn.Program) -> drgn.MainModule:
+    # Lazily created, the kernel first: its modules would need type information.
+    for module, _ in prog.loaded_modules():
+        if isinstance(module, drgn.MainModule):
+            return module
+    raise KvirtError("drgn found no kernel in what was opened; is it a dump of a Linux kernel?")
+
+
+def _check_elf_core(path: Path) -> None:
+    """Refuse an ELF core whose segments reach past the file's end.
+
+    drgn opens such a core, and every read behind the end fails in a different place.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:4] != b"\x7fELF" or header[4] != 2:
+            return
+        order = "<" if header[5] == 1 else ">"
+        (phoff,) = struct.unpack_from(order + "Q", header, 32)
+        phentsize, phnum = struct.unpack_from(order + "HH", header, 54)
+        size = path.stat().st_size
+        file.seek(phoff)
+        table = file.read(phentsize * phnum)
+    if len(table) < phentsize * phnum:
+        needed = phoff + phentsize * phnum
+    else:
+        needed = max(
+            (
+                offset + filesz
+                for offset, filesz in (
+                    (
+                        struct.unpack_from(order + "Q", table, i * phentsize + 8)[0],
+                        struct.unpack_from(order + "Q", table, i * phentsize + 32)[0],
+                    )
+                    for i in range(phnum)
+                )
+            ),
+            default=0,
+        )
+    if needed > size:
+        raise KvirtError(
+            f"{path} is truncated: it should have {needed} bytes and has {size}; copy the dump again, "
+            "or take a new one with enough disk space."
+        )
+
+
+def _open_core(prog: drgn.Program, path: Path) -> None:
+    try:
+        if path.stat().st_size == 0:
+            raise KvirtError(f"{path} is empty: take the dump again, with enough disk space.")
+        _check_elf_core(path)
+        prog.set_core_dump(path)
+    except FileNotFoundError:
+        raise KvirtError(f"{path} does not exist: give --core the path of a vmcore.") from None
+    except IsADirectoryError:
+        raise KvirtError(f"{path} is a directory: give --core the vmcore file in it.") from None
+    except PermissionError:
+        raise KvirtError(f"{path} cannot be read by this user: become root or change its mode.") from None
+    except (ValueError, OSError, drgn.FaultError, LookupError) as error:
+        raise KvirtError(
+            f"{path} is not a vmcore that drgn can read ({error}): give --core an ELF or "
+            "kdump-compressed dump of a Linux kernel."
+        ) from None
+
+
+def _open_live(prog: drgn.Program) -> None:
+    try:
+        prog.set_kernel()
+    except FileNotFoundError:
+        raise KvirtError(
+            "This machine has no /proc/kcore, so its running kernel cannot be read: boot a kernel with "
+            "CONFIG_PROC_KCORE=y, or read a vmcore with --core or a QEMU guest with --qemu."
+        ) from None
+    except PermissionError:
+        if os.geteuid() != 0:
+            raise KvirtError("Reading the running kernel needs root: run kvirt again with sudo.") from None
+        raise KvirtError(
+            "The kernel refuses to open /proc/kcore even for root (lockdown, or a container): boot "
+            "without lockdown, or read a vmcore with --core."
+        ) from None
+    except (OSError, ValueError, LookupError, drgn.FaultError) as error:
+        raise KvirtError(
+            f"The running kernel cannot be read through /proc/kcore ({error}): read a vmcore with --core."
+        ) from None
+
+
+def _open_qemu(prog: drgn.Program, path: Path) -> None:
+    try:
+        if not path.exists():
+            raise FileNotFoundError
+        # drgn waits for the greeting for ever; QEMU serves one client at a time and lets others wait.
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(5)
+            probe.connect(str(path))
+            if b'"QMP"' not in probe.recv(4096):
+                raise KvirtError(f"What listens on {path} does not speak QMP: give --qemu the QMP socket.")
+        prog.set_qemu_qmp(str(path))
+    except FileNotFoundError:
+        raise KvirtError(
+            f"{path} does not exist: start QEMU with -qmp unix:{path},server=on,wait=off "
+            "and -device vmcoreinfo."
+        ) from None
+    except TimeoutError:
+        raise KvirtError(
+            f"QEMU does not answer on {path}; another client may hold this QMP socket: close it, or give "
+            "QEMU a second one."
+        ) from None
+    except (OSError, ValueError, LookupError, drgn.FaultError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+            raise KvirtError(f"Nobody listens on {path}: is this QEMU still running?") from None
+        raise KvirtError(
+            f"The guest behind {path} cannot be read ({error}): run QEMU with -device vmcoreinfo, and load "
+            "the module qemu_fw_cfg in the guest."
+        ) from None
+    if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
+        raise KvirtError(
+            f"QEMU answers on {path}, but the guest told it nothing about its kernel: run QEMU with -device "
+            "vmcoreinfo, and load the module qemu_fw_cfg in the guest."
+        )
+
+
+def _load_symbols(prog: drgn.Program, symbols: Sequence[Path]) -> None:
+    module = _main_module(prog)
+    have = drgn.ModuleFileStatus.HAVE
+    build_id = module.build_id.hex() if module.build_id else "unknown"
+    release = prog["UTS_RELEASE"].string_().decode()
+    for path in symbols:
+        if not path.exists():
+            raise KvirtError(f"{path} does not exist: give --symbols a vmlinux or debug file.")
+        if path.is_dir():
+            raise KvirtError(f"{path} is a directory: give --symbols the vmlinux file in it.")
+        try:
+            module.try_file(path)
+        except PermissionError:
+            raise KvirtError(f"{path} cannot be read by this user: change its mode.") from None
+        except (OSError, ValueError, LookupError) as error:
+            raise KvirtError(
+                f"{path} is not a usable debug file ({error}): give --symbols the vmlinux with debug "
+                f"information of kernel {release}."
+            ) from None
+    if module.debug_file_status is not have and symbols:
+        names = ", ".join(str(p) for p in symbols)
+        raise KvirtError(
+            f"{names} does not belong to this kernel, or has no debug information: give --symbols the "
+            f"vmlinux of kernel {release} with build ID {build_id}."
+        )
+    if module.debug_file_status is not have:
+        try:
+            prog.load_module_debug_info(module)
+        except drgn.MissingDebugInfoError:
+            raise KvirtError(
+                f"No debug information was found for kernel {release} (build ID {build_id}): install its "
+                f"debug package (Debian: linux-image-{release}-dbg), or name its vmlinux with --symbols."
+            ) from None
+
+
+def open_target(
+    core: Path | None = None,
+    qemu: Path | None = None,
+    symbols: Sequence[Path] = (),
+    types: str = "auto",
+) -> Target:
+    """Open the kernel of a vmcore, of a QEMU guest, or else the running one, with its types.
+
+    :raises KvirtError: if that is not possible; the sentence says why and what to do
+    """
+    if types == "btf":
+        raise KvirtError("Reading types from BTF is not implemented yet: use --types dwarf.")
+    prog = drgn.Program()
+    if core is not None:
+        kind, location = Kind.CORE, str(core)
+        _open_core(prog, core)
+    elif qemu is not None:
+        kind, location = Kind.QEMU, str(qemu)
+        _open_qemu(prog, qemu)
+    else:
+        kind, location = Kind.LIVE, "/proc/kcore"
+        _open_live(prog)
+    if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
+        raise KvirtError(
+            f"{location} is not a dump of a Linux kernel (it has no VMCOREINFO): give --core a vmcore; "
+            "QEMU writes a usable one with -device vmcoreinfo and qemu_fw_cfg loaded in the guest."
+        )
+    platform = prog.platform
+    if platform is None or platform.arch != drgn.Architecture.X86_64:
+        arch = "an unknown architecture" if platform is None else platform.arch.name.lower()
+        raise KvirtError(f"{location} is of {arch}; this version of kvirt reads x86-64 kernels only.")
+    try:
+        _load_symbols(prog, symbols)
+    except (drgn.FaultError, LookupError, ValueError) as error:
+        raise KvirtError(
+            f"{location} cannot be read far enough to find its kernel ({error}): is the dump complete?"
+        ) from None
+    return Target(prog, kind, "dwarf", location)

@@ -136,25 +136,15 @@ def many_vmas(p: Process) -> None:
 
 @bare("vdso-write")
 def vdso_write(p: Process) -> None:
-    """Start a process with a page of its vDSO written, as by a debugger."""
+    """Start a process with a page of its vDSO written by a debugger."""
 
     def body(child: Process) -> None:
         mapping = next((m for m in read_maps() if m.path == "[vdso]"), None)
         if mapping is None:
             raise Skip("This process has no vDSO.")
-        fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.pwrite(fd, os.pread(fd, 1, mapping.start), mapping.start)
-        except OSError as error:
-            raise Skip(
-                f"This kernel does not let /proc/self/mem write to the vDSO: {error.strerror}."
-            ) from error
-        finally:
-            os.close(fd)
         region = Region.mapped("special", mapping.start, mapping.end - mapping.start, 0, prot="rx")
-        region.faulted = True
-        region.written.add(mapping.start)
-        _keep(child, "The first page of the vDSO, written through /proc/self/mem.", vdso=region)
+        note = "A debugger wrote to the first page of the vDSO."
+        _keep(child, note, vdso=child.write_by_debugger(region, 0))
 
     p.fork("vdso-write", "A process whose vDSO has an anonymous page.", body)
 

@@ -152,9 +152,7 @@ class Region:
         It is unfaulted again, so its anon pgoff is reset to its address. Linux 6.12 leaves the
         vm_pgoff of displaced anonymous memory as it was, 7.2 resets it.
         """
-        piece = Region.mapped(
-            self.kind, self.start, self.size, self.vm_pgoff, self.prot, self.shared
-        )
+        piece = Region.mapped(self.kind, self.start, self.size, self.vm_pgoff, self.prot, self.shared)
         if self.kind in PURE_ANON and self.anon_pgoff != piece.anon_pgoff:
             piece.legacy_vm_pgoff = None
         elif self.kind not in PURE_ANON:

@@ -140,21 +140,12 @@ def disk_file(p: Process) -> Regions:
 
 @state("forced-write")
 def forced_write(p: Process) -> Regions:
-    """A page of a read-only private file mapping written by /proc/self/mem, as a debugger does."""
-    region = p.read(p.file(p.memfd(8), 4, 3, prot="r"), range(4))
-    fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, b"k", region.address(2))
-    except OSError as error:
-        raise Skip(
-            f"This kernel does not let /proc/self/mem write here: {error.strerror}."
-        ) from error
-    finally:
-        os.close(fd)
-    region.read.discard(region.address(2))
-    region.written.add(region.address(2))
-    region.faulted = True
-    return {"region": region}
+    """A read-only private file mapping, in place and displaced, that a debugger wrote to."""
+
+    def region() -> Region:
+        return p.write_by_debugger(p.read(p.file(p.memfd(8), 4, 3, prot="r"), range(4)), 2)
+
+    return {"region": region(), "moved": p.write_by_debugger(p.remap(region()), 0)}
 
 
 @state("shared")
@@ -258,9 +249,7 @@ def multi_vma_move(p: Process) -> Regions:
     except OSError as error:
         if error.errno != errno.EFAULT:
             raise
-        raise Skip(
-            "This kernel moves only one VMA with one mremap; several need Linux 6.17."
-        ) from error
+        raise Skip("This kernel moves only one VMA with one mremap; several need Linux 6.17.") from error
     p.fence(low.start, high.end)
     moved = [part.moved(part.start - low.start + target) for part in (low, middle, high)]
     return dict(zip(("low", "middle", "high"), moved, strict=True))
@@ -383,7 +372,9 @@ def blocked_merge(p: Process) -> Regions:
     fd = p.memfd(10)
     low = p.file(fd, 5, 0, p.slot(10))
     high = p.remap(p.write(p.file(fd, 5, 5), [0, 3]), low.end)
-    if p.scheme == "anon":
+    # Linux 6.12 does not yet merge a faulted VMA into an unfaulted one, 6.18 does: what came of it
+    # has to be looked up. With an anon pgoff it is certain, and the check against /proc decides.
+    if p.scheme == "anon" or any(mapping.start == high.start for mapping in read_maps()):
         return {"low": low, "high": high}
     # The rule of join() is that of 7.3; this kernel has no anon pgoff to compare.
     high.anon_pgoff = low.end >> PAGE_SHIFT
@@ -478,9 +469,7 @@ def guard(p: Process) -> Regions:
         try:
             sc.madvise(region.address(1), 2 * PAGE_SIZE, sc.MADV_GUARD_INSTALL)
         except OSError as error:
-            raise Skip(
-                "This kernel has no MADV_GUARD_INSTALL, which came in Linux 6.13."
-            ) from error
+            raise Skip("This kernel has no MADV_GUARD_INSTALL, which came in Linux 6.13.") from error
         region.written -= {region.address(1), region.address(2)}
         region.faulted = True
         result[name] = region
@@ -615,9 +604,7 @@ def _stack_top_max() -> int | None:
     """Return the kernel's STACK_TOP_MAX: the end of the address space, less one page on x86-64."""
     if os.uname().machine != "x86_64":
         return None
-    flags = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line[:5] == "flags"), ""
-    )
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line[:5] == "flags"), "")
     bits = 56 if "la57" in flags.split() else 47
     return (1 << bits) - PAGE_SIZE
 

@@ -20,6 +20,10 @@ MADV_MERGEABLE, MADV_HUGEPAGE, MADV_DONTDUMP = 12, 14, 16
 MADV_WIPEONFORK, MADV_KEEPONFORK, MADV_GUARD_INSTALL = 18, 19, 102
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, (1 << 64) - 1
+
+PTRACE_POKEDATA, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 5, 17, 0x4206, 0x4207
+WAIT_ALL = 0x40000000
 
 # userfaultfd(2) has the same number on every architecture but x86.
 NR_USERFAULTFD = 323 if os.uname().machine == "x86_64" else 282
@@ -50,6 +54,8 @@ _libc.mremap.argtypes = [
     ctypes.c_void_p,
 ]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.syscall.restype = ctypes.c_long
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -108,6 +114,24 @@ def store(address: int, size: int, value: int) -> None:
 def load(address: int) -> int:
     """Read the byte at an address."""
     return ctypes.string_at(address, 1)[0]
+
+
+def rewrite_word(pid: int, address: int) -> None:
+    """Write a word of another process with what it has already, as its debugger.
+
+    The word is read here: the caller is a fork of that process.
+    """
+    word = ctypes.c_void_p.from_address(address).value
+    for request, where, data in (
+        (PTRACE_SEIZE, None, None),
+        (PTRACE_INTERRUPT, None, None),
+        (PTRACE_POKEDATA, address, word),
+        (PTRACE_DETACH, None, None),
+    ):
+        if _libc.ptrace(request, pid, where, data) < 0:
+            raise _fail("ptrace")
+        if request == PTRACE_INTERRUPT:
+            os.waitpid(pid, WAIT_ALL)
 
 
 class Userfaultfd:

@@ -216,7 +216,10 @@ class Workload:
                     _kill_children()
                 time.sleep(0.01)
         for path, value in reversed(self._settings):
-            path.write_text(value)
+            try:
+                path.write_text(value)
+            except OSError as error:
+                print(f"kvirt lab workload: {path} is not {value} again: {error}", file=sys.stderr)
 
 
 def _kill_children() -> None:
@@ -229,9 +232,7 @@ def _wait_for_ksm() -> None:
     deadline = time.monotonic() + 30
     while not int(merging.read_text()):
         if time.monotonic() > deadline:
-            raise Skip(
-                "KSM merged nothing of this process within 30 s; its regions are as written."
-            )
+            raise Skip("KSM merged nothing of this process within 30 s; its regions are as written.")
         time.sleep(0.1)
 
 
@@ -324,9 +325,7 @@ def pretty(document: Entry) -> str:
         lines += ["", f"{process['name']} (pid {process['pid']}): {process['what']}"]
         if process["category"] == "warnings":
             lines.append("  Legal states that a checker may warn about.")
-        lines.append(
-            f"  {'START':>14} {'PAGES':>5} {'VM_PGOFF':>11} {'ANON_PGOFF':>11} {'ANON':>5} NAME"
-        )
+        lines.append(f"  {'START':>14} {'PAGES':>5} {'VM_PGOFF':>11} {'ANON_PGOFF':>11} {'ANON':>5} NAME")
         for region in regions:
             start, end = int(region["start"], 16), int(region["end"], 16)
             anon = len(expand(region["written"])) + len(expand(region.get("inherited", [])))

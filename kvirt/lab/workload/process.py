@@ -2,7 +2,7 @@
 """A process of the workload: its carve-out, the calls that shape it, and its children.
 
 Every method that changes the address space makes the system call and applies the rule of
-:mod:`kvirt.lab.regions` that belongs to it.
+:mod:`kvirt.lab.workload.regions` that belongs to it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from kvirt.lab import syscalls as sc
 from kvirt.lab.procfs import PAGE_SIZE
-from kvirt.lab.regions import COW, Region, join, page_range
+from kvirt.lab.workload import syscalls as sc
+from kvirt.lab.workload.regions import COW, Region, join, page_range
 
 CARVE_OUT = 256 << 20
 # The largest PMD-mapped page of the architectures with 4K pages; slots of huge pages align to it.

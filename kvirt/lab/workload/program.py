@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A program whose memory has every state that a page offset can be in, with the offsets predicted.
-
-It prints one line of JSON (schema ``kvirt.workload/1``) once everything stands, holds it until its
-stdin ends or SIGTERM comes, then ends its children and exits with 0. Before it prints, it compares
-what it vouches for with /proc: a state that was not reached is a sentence on stderr and exit
-status 1.
-"""
+"""The workload's command line, its processes together, and the check against /proc."""
 
 from __future__ import annotations
 
@@ -23,9 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kvirt.lab import syscalls as sc
-from kvirt.lab.children import BARE, HEIRS
-from kvirt.lab.process import PATIENCE, NotReached, Process, Skip
 from kvirt.lab.procfs import (
     PAGE_SHIFT,
     PM_FILE,
@@ -34,8 +25,11 @@ from kvirt.lab.procfs import (
     read_maps,
     read_pagemap,
 )
-from kvirt.lab.regions import FILE_BACKED, expand
-from kvirt.lab.states import OPTIONAL, STATES, build
+from kvirt.lab.workload import syscalls as sc
+from kvirt.lab.workload.children import BARE, HEIRS
+from kvirt.lab.workload.process import PATIENCE, NotReached, Process, Skip
+from kvirt.lab.workload.regions import FILE_BACKED, expand
+from kvirt.lab.workload.states import OPTIONAL, STATES, build
 
 SCHEMA = "kvirt.workload/1"
 KSM = Path("/sys/kernel/mm/ksm")
@@ -335,7 +329,3 @@ def pretty(document: Entry) -> str:
             )
     lines += [f"\nSkipped: {entry['name']}: {entry['reason']}" for entry in document["skipped"]]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

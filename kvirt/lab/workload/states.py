@@ -14,10 +14,10 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
-from kvirt.lab import syscalls as sc
-from kvirt.lab.process import NotReached, Process, Skip
 from kvirt.lab.procfs import PAGE_SHIFT, PAGE_SIZE, read_maps, smaps_field
-from kvirt.lab.regions import Region, join
+from kvirt.lab.workload import syscalls as sc
+from kvirt.lab.workload.process import NotReached, Process, Skip
+from kvirt.lab.workload.regions import Region, join
 
 Regions = dict[str, Region]
 Build = Callable[[Process], Regions]

@@ -11,10 +11,10 @@ import errno
 import os
 from collections.abc import Callable
 
-from kvirt.lab import syscalls as sc
-from kvirt.lab.process import NotReached, Process, Skip
 from kvirt.lab.procfs import PAGE_SIZE, read_maps
-from kvirt.lab.regions import PURE_ANON, Region
+from kvirt.lab.workload import syscalls as sc
+from kvirt.lab.workload.process import NotReached, Process, Skip
+from kvirt.lab.workload.regions import PURE_ANON, Region
 
 Start = Callable[[Process], None]
 

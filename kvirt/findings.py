@@ -37,7 +37,7 @@ class Finding:
     expected: int | None = None
     actual: int | None = None
     pages: int = 1
-    """Consecutive base pages, from *address*, of which the same is true."""
+    """Base pages of this VMA that are wrong in the same way; *address* is the first one's."""
 
 
 @dataclass(slots=True)

@@ -220,7 +220,7 @@ def _address(prog: drgn.Program, name: str) -> int | None:
         return prog.symbol(name).address
     except LookupError:
         obj = _variable(prog, name)
-        return None if obj is None or obj.address_ is None else int(obj.address_)
+        return None if obj is None else obj.address_
 
 
 def _has_function(prog: drgn.Program, name: str) -> bool:

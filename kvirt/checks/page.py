@@ -15,6 +15,7 @@ from kvirt.findings import Severity
     says="The index of an anonymous folio is the anonymous page offset of the VMA at the page's address.",
     relied_on="rmap_walk_anon(), which would miss the page; __page_check_anon_rmap(), mm/rmap.c",
     message="page frame {pfn:#x} is indexed {actual:#x}, and should be {expected:#x} ({delta:+d})",
+    alike=lambda expected, actual: actual - expected,
 )
 def folio_index(batch: PageBatch) -> PageViolations:
     """Every anonymous folio is where rmap looks for it.
@@ -34,6 +35,7 @@ def folio_index(batch: PageBatch) -> PageViolations:
     says="The anon_vma of an anonymous folio is in the chain of the VMA that maps it.",
     relied_on="page_address_in_vma() and rmap_walk_anon(), mm/rmap.c",
     message="the folio at page frame {head:#x} is on anon_vma {actual:#x}, which is not in the VMA's chain",
+    alike=lambda expected, actual: actual,
 )
 def folio_anon_vma(batch: PageBatch) -> PageViolations:
     """Rmap of the folio finds this VMA at all."""
@@ -68,6 +70,7 @@ def folio_anon_vma(batch: PageBatch) -> PageViolations:
     says="Only VMAs that copy on write map anonymous or KSM folios.",
     relied_on="is_cow_mapping() and all that follows from it, include/linux/mm.h",
     message="an anonymous folio (page frame {pfn:#x}) is mapped where nothing can be copied on write",
+    alike=lambda expected, actual: 0,
 )
 def anon_folio_in_noncow(batch: PageBatch) -> PageViolations:
     """No anonymous folio in a shared mapping."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import drgn
 import numpy as np
@@ -34,21 +34,21 @@ PAUSE = 0.012
 TRIES = 8
 
 # Reasons for which a page or entry is not judged.
-NO_VMA = "no VMA covers it"
-SPECIAL = "special mapping without struct page"
-ZERO = "zero page"
-NO_MAPPING = "kernel or driver page"
-KSM = "KSM page"
-HWPOISON = "poisoned page"
-UNREADABLE = "struct page cannot be read"
-TEMPORARY_STACK = "stack of an exec under way"
-HUGETLB_UNITS = "hugetlb page indexed in huge pages"
+NO_VMA = "pages no VMA covers"
+SPECIAL = "special mappings without struct page"
+ZERO = "zero pages"
+NO_MAPPING = "kernel or driver pages"
+KSM = "KSM pages"
+HWPOISON = "poisoned pages"
+UNREADABLE = "pages whose struct page cannot be read"
+TEMPORARY_STACK = "pages of an exec's temporary stack"
+HUGETLB_UNITS = "hugetlb pages indexed in huge pages"
 NOT_PRESENT = {
-    "swap": "swapped out",
+    "swap": "swap entries",
     "hwpoison": HWPOISON,
-    "migration": "migration entry",
-    "device": "device page entry",
-    "marker": "marker entry",
+    "migration": "migration entries",
+    "device": "device page entries",
+    "marker": "marker entries",
 }
 
 
@@ -157,7 +157,7 @@ class ProcessChecker:
             first.hits.update((k, v) for k, v in again.hits.items() if k in suspects)
         unsettled = space.unstable or (not self.moves and bool(space.write_locked))
         result.findings = list(self._space_findings(first, transient, unsettled))
-        result.findings += _page_findings(first.hits.values(), transient, unsettled, self.layout.page_size)
+        result.findings += _page_findings(first.hits.values(), transient, unsettled)
         if first.overflow:
             result.incomplete.append(
                 f"{first.overflow} more pages look wrong and were not looked at one by one"
@@ -376,53 +376,28 @@ def _anon_vma_locked(context: VmaContext | None) -> bool:
     return own is not None and bool(own.write_locked)
 
 
-def _page_findings(
-    hits: Iterable[_PageHit], transient: set[_Key], unsettled: bool, page_size: int
-) -> Iterator[Finding]:
-    """One finding for each run of pages of a VMA with the same check, verdict and difference."""
-    pending: Finding | None = None
-    last: _PageHit | None = None
-    for hit in sorted(hits, key=lambda h: (h.check.id, h.address)):
-        severity = hit.check.severity
-        if hit.key in transient or unsettled:
-            severity = Severity.TRANSIENT
-        if (
-            pending is not None
-            and last is not None
-            and pending.severity is severity
-            and last.check is hit.check
-            and last.vma == hit.vma
-            and hit.address == last.address + last.pages * page_size
-            and _same_fault(last, hit)
-        ):
-            pending = replace(pending, pages=pending.pages + hit.pages)
-        else:
-            if pending is not None:
-                yield pending
-            pending = Finding(
-                hit.check.id,
-                severity,
-                hit.check.message.format(
-                    expected=hit.expected,
-                    actual=hit.actual,
-                    delta=hit.actual - hit.expected,
-                    pfn=hit.pfn,
-                    head=hit.head,
-                ),
-                vma=hit.range,
-                address=hit.address,
-                expected=hit.expected,
-                actual=hit.actual,
-                pages=hit.pages,
-            )
-        last = hit
-    if pending is not None:
-        yield pending
-
-
-def _same_fault(a: _PageHit, b: _PageHit) -> bool:
-    """Whether two neighbours are wrong in the same way: by the same distance, or with the same value."""
-    return a.actual - a.expected == b.actual - b.expected or (a.actual, a.expected) == (
-        b.actual,
-        b.expected,
-    )
+def _page_findings(hits: Iterable[_PageHit], transient: set[_Key], unsettled: bool) -> Iterator[Finding]:
+    """One finding for all pages of a VMA that are wrong in the same way, at the first of them."""
+    groups: dict[tuple[str, int, int, Severity], list[_PageHit]] = {}
+    for hit in hits:
+        severity = Severity.TRANSIENT if unsettled or hit.key in transient else hit.check.severity
+        key = hit.check.id, hit.vma, hit.check.alike(hit.expected, hit.actual), severity
+        groups.setdefault(key, []).append(hit)
+    for (id_, _, _, severity), group in groups.items():
+        first = min(group, key=lambda hit: hit.address)
+        yield Finding(
+            id_,
+            severity,
+            first.check.message.format(
+                expected=first.expected,
+                actual=first.actual,
+                delta=first.actual - first.expected,
+                pfn=first.pfn,
+                head=first.head,
+            ),
+            vma=first.range,
+            address=first.address,
+            expected=first.expected,
+            actual=first.actual,
+            pages=sum(hit.pages for hit in group),
+        )

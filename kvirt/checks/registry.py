@@ -144,7 +144,9 @@ class Check:
     vma: VmaRun | None = None
     page: PageRun | None = None
     message: str = ""
-    """For checks on pages: with {expected}, {actual}, {pfn} and {head} to fill in."""
+    """For checks on pages: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in."""
+    alike: Callable[[int, int], int] = lambda expected, actual: 0
+    """For checks on pages: those of one VMA for which this is the same are one finding."""
 
 
 CHECKS: dict[str, Check] = {}
@@ -196,12 +198,17 @@ def page_check(
     says: str,
     relied_on: str,
     message: str,
+    alike: Callable[[int, int], int],
     applies: Callable[[Layout], bool] = _always,
 ) -> Callable[[PageRun], PageRun]:
-    """Register an invariant of mapped pages."""
+    """Register an invariant of mapped pages.
+
+    :param message: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in
+    :param alike: of (expected, actual); pages of one VMA for which it is the same are one finding
+    """
 
     def register(run: PageRun) -> PageRun:
-        _register(Check(id, severity, says, relied_on, applies, page=run, message=message))
+        _register(Check(id, severity, says, relied_on, applies, page=run, message=message, alike=alike))
         return run
 
     return register

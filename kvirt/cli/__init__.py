@@ -9,6 +9,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,27 +39,39 @@ class TargetOptions:
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
+    """A group some of whose commands are imported when they are called."""
+
+    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]] | None = None, **kwargs: Any) -> None:
+        """Prepare.
+
+        :param lazy: by name, the module that has the command as ``command``, and its line in --help
+        """
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands without importing them."""
-        return sorted(COMMANDS)
+        return sorted([*super().list_commands(ctx), *self.lazy])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module and return what it calls ``command``."""
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        """Import the command's module, unless it is here already."""
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        command = importlib.import_module(self.lazy[cmd_name][0]).command
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands from the table above, so that ``--help`` imports none."""
+        """List the commands, those not imported by the line given for them."""
+        rows = []
+        for name in self.list_commands(ctx):
+            here = super().get_command(ctx, name)
+            rows.append((name, self.lazy[name][1] if here is None else here.get_short_help_str(70)))
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl(rows)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-c", "--core", type=click.Path(path_type=Path), help="Read this vmcore.")
 @click.option(
     "--qemu",

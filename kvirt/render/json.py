@@ -5,12 +5,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 from kvirt.findings import Finding, Report, TaskReport, VmaRow
 from kvirt.layout import Layout
 from kvirt.mm.vma import displacement, permissions
 from kvirt.target import Target
+
+
+def schema(name: str) -> dict[str, Any]:
+    """The JSON Schema of a document.
+
+    :param name: "kvirt.check/1" or "kvirt.vmas/1"
+    """
+    path = resources.files("kvirt") / "schemas" / f"{name.replace('/', '-')}.json"
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
 
 
 def _kernel(layout: Layout) -> dict[str, Any]:

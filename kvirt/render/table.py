@@ -147,7 +147,7 @@ def _where(finding: Finding) -> str:
     elif finding.vma is not None:
         at = f" in {finding.vma[0]:x}-{finding.vma[1]:x}"
     if finding.pages > 1:
-        at += f" and the {plural(finding.pages - 1, 'page')} after it"
+        at += f" and {plural(finding.pages - 1, 'more page')} of this VMA"
     return at
 
 

@@ -217,7 +217,8 @@ def _variable(prog: drgn.Program, name: str) -> drgn.Object | None:
 
 def _address(prog: drgn.Program, name: str) -> int | None:
     try:
-        return prog.symbol(name).address
+        address: int = prog.symbol(name).address
+        return address
     except LookupError:
         obj = _variable(prog, name)
         return None if obj is None else obj.address_

@@ -105,7 +105,9 @@ def _open_core(prog: drgn.Program, path: Path) -> None:
         raise KvirtError(f"{path} is a directory: give --core the vmcore file in it.") from None
     except PermissionError:
         raise KvirtError(f"{path} cannot be read by this user: become root or change its mode.") from None
-    except (ValueError, OSError, drgn.FaultError, LookupError) as error:
+    except KvirtError:
+        raise
+    except Exception as error:  # drgn passes on what libelf and libkdumpfile say as plain exceptions
         raise KvirtError(
             f"{path} is not a vmcore that drgn can read ({error}): give --core an ELF or "
             "kdump-compressed dump of a Linux kernel."

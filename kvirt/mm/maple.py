@@ -80,17 +80,18 @@ def mt_for_each(prog: drgn.Program, layout: Layout, ma_root: int) -> Iterator[tu
     stack = [(ma_root, 0, _ULONG_MAX, 1)]
     while stack:
         entry, low, high, depth = stack.pop()
-        if entry & ~_NODE_MASK == 0:
+        address = entry & ~_NODE_MASK
+        if address == 0:
             raise MapleError("a maple node has an empty slot where a node should be")
-        if entry in seen or depth > _HEIGHT_MAX:
-            raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} is reached twice")
-        seen.add(entry)
+        if address in seen or depth > _HEIGHT_MAX:
+            raise MapleError(f"maple node {address:#x} is reached twice")
+        seen.add(address)
         pivots, slots, leaf = _node(prog, layout, entry, high)
         children = []
         first = low
         for slot, last in zip(slots, [*pivots, high], strict=True):
             if not first <= last <= high:
-                raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} has pivots out of order")
+                raise MapleError(f"maple node {address:#x} has pivots out of order")
             if leaf:
                 if slot and slot != _XA_ZERO_ENTRY:
                     yield first, last, slot

@@ -80,7 +80,7 @@ def for_each_avc(prog: drgn.Program, layout: Layout, vma: Vma) -> Chain:
             return Chain(tuple(links), f"the chain has more than {CHAIN_MAX} links")
         seen.add(node)
         try:
-            m = layout.avc.read(prog, node - link_offset)
+            m = layout.avc.read(prog, max(node - link_offset, 0))
         except drgn.FaultError:
             return Chain(tuple(links), f"the chain leads to {node:#x}, which cannot be read")
         if m["same_vma_prev"] != previous:

@@ -161,15 +161,21 @@ def _wrap(text: str, width: int, indent: str) -> str:
     return "\n".join(lines)
 
 
-def _findings(findings: Sequence[Finding]) -> str:
+def _findings(report: Report) -> str:
+    """All findings, the worst first."""
     order = list(Severity)
-    width = terminal_width()
+    indent = " " * 10
     lines = []
-    for f in sorted(findings, key=lambda f: order.index(f.severity)):
-        lines.append(_wrap(f"{f.severity.upper():9} {f.id}{_where(f)}: {f.message}", width, " " * 10))
-        if f.expected is not None and f.actual is not None and f.vma is not None:
-            inside = f"VMA {f.vma[0]:x}-{f.vma[1]:x}; " if f.address is not None else ""
-            lines.append(f"{'':10}{inside}expected {f.expected:#x}, found {f.actual:#x}")
+    for f in sorted(report.findings(), key=lambda f: order.index(f.severity)):
+        who = f"PID {f.pid}: " if f.pid is not None and len(report.tasks) > 1 else ""
+        text = _wrap(f"{who}{f.id}{_where(f)}: {f.message}", terminal_width() - len(indent), "")
+        first, *rest = text.splitlines()
+        lines.append(f"{f.severity.upper():{len(indent)}}{first}")
+        lines += [indent + line for line in rest]
+        if f.vma is not None and f.address is not None:
+            lines.append(f"{indent}in the VMA {f.vma[0]:x}-{f.vma[1]:x}")
+        if f.expected is not None and f.actual is not None:
+            lines.append(f"{indent}expected {f.expected:#x}, found {f.actual:#x}")
     return "\n".join(lines)
 
 
@@ -207,8 +213,6 @@ def _task(layout: Layout, task: TaskReport, vmas: bool) -> str:
             parts.append(f"skipped: {reasons}")
     parts = [_wrap(part, terminal_width(), "  ") for part in parts]
     parts += [_wrap(printable(sentence), terminal_width(), "  ") for sentence in task.incomplete]
-    if task.findings:
-        parts.append(_findings(task.findings))
     if vmas and task.vmas:
         marks = Counter(f.vma[0] for f in task.findings if f.vma is not None)
         parts.append("\n" + vma_table(layout, task.vmas, marks))
@@ -218,6 +222,8 @@ def _task(layout: Layout, task: TaskReport, vmas: bool) -> str:
 def check_table(target: Target, layout: Layout, report: Report, *, vmas: bool = True) -> str:
     """What ``check-pid`` prints."""
     parts = [verdict(report), kernel_line(target, layout)]
+    if report.findings():
+        parts.append("\n" + _findings(report))
     parts += ["\n" + _task(layout, task, vmas) for task in report.tasks]
     if vmas and sum(len(task.vmas) for task in report.tasks) > 40:
         # The first line has scrolled away.

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""How a moving kernel is read: a whole process is made up, and changes between two reads."""
+
+import pytest
+
+from kvirt.checks import process
+from kvirt.checks.process import ProcessChecker
+from kvirt.findings import Severity
+from tests.unit.fake import VMEMMAP, Memory, make_layout
+
+LAYOUT = make_layout()
+MM, VMA, AVC, ANON_VMA, LEAF = (0xFFFF888000000000 + i * 0x10000 for i in range(1, 6))
+PGD, START, PFN = 0xFFFF888000100000, 0x7F0000000000, 0x500
+TABLE = 0x67
+PAGES = 4
+MAX = (1 << 64) - 1
+
+
+def leaf():
+    words = [0] * 32
+    words[0] = 1
+    words[1:4] = [START - 1, START + PAGES * 4096 - 1, MAX]
+    words[17] = VMA
+    words[31] = 2  # metadata: the last slot in use
+    return words
+
+
+class Process:
+    """One VMA of four anonymous pages; memory that reads differently from the n-th read on."""
+
+    def __init__(self):
+        self.memory = Memory()
+        self.reads = {}
+        put = self.memory.put_struct
+        self.mm = {
+            "ma_root": LEAF | 1 << 3 | 6,
+            "map_count": 1,
+            "mm_users": 1,
+            "pgd": PGD,
+        }
+        put(LAYOUT.mm, MM, self.mm)
+        self.memory.put_words(LEAF, leaf())
+        head = VMA + LAYOUT.vma.offset("chain_next")
+        link = AVC + LAYOUT.avc.offset("same_vma_next")
+        self.vma = {
+            "vm_start": START,
+            "vm_end": START + PAGES * 4096,
+            "vm_mm": MM,
+            "vm_flags": 0x73,
+            "anon_vma": ANON_VMA,
+            "vm_pgoff": START >> 12,
+            "anon_pgoff_lo": START >> 12 & 0xFFFFFFFF,
+            "anon_pgoff_hi": START >> 44,
+            "chain_next": link,
+            "chain_prev": link,
+        }
+        put(LAYOUT.vma, VMA, self.vma)
+        put(
+            LAYOUT.avc,
+            AVC,
+            {"vma": VMA, "anon_vma": ANON_VMA, "same_vma_next": head, "same_vma_prev": head},
+        )
+        put(LAYOUT.anon_vma, ANON_VMA, {"root": ANON_VMA, "parent": ANON_VMA, "refcount": 1})
+        tables = [0x200000, 0x201000, 0x202000]
+        for at, below, shift in zip([None, *tables[:2]], tables, (39, 30, 21), strict=True):
+            words = [0] * 512
+            words[START >> shift & 511] = below | TABLE
+            if at is None:
+                self.memory.put_words(PGD, words)
+            else:
+                self.memory.put_words(at, words, physical=True)
+        self.memory.put_words(
+            0x202000, [PFN + i << 12 | TABLE for i in range(PAGES)] + [0] * 508, physical=True
+        )
+        for i in range(PAGES):
+            self.memory.put_words(VMEMMAP + (PFN + i) * 64, self.page(i, START + i * 4096 >> 12))
+
+    def page(self, i, index):
+        return [0, 0, 0, ANON_VMA | 1, index, 0, 0, 0]
+
+    def changing(self, address, states, *, physical=False):
+        """Bytes at an address that read as the next of *states* each time, and stay with the last."""
+        count = 0
+
+        def read(at, size, offset, is_physical):
+            nonlocal count
+            data = states[min(count, len(states) - 1)]
+            count += 1
+            return data[offset : offset + size]
+
+        self.memory.prog.add_memory_segment(address, len(states[0]), read, physical)
+
+    def check(self, moves=True):
+        return ProcessChecker(self.memory.prog, LAYOUT, moves=moves).check(MM)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(process, "PAUSE", 0)
+
+
+def word(value):
+    return value.to_bytes(8, "little")
+
+
+def index_at(i):
+    return VMEMMAP + (PFN + i) * 64 + 32
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_sound_process(moves):
+    result = Process().check(moves)
+    assert result.findings == []
+    assert result.incomplete == []
+    assert (result.pages.present, result.pages.anon, result.pages.checked) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_lasting_damage_is_an_error(moves):
+    made_up = Process()
+    good = START + 2 * 4096 >> 12
+    made_up.changing(index_at(2), [word(good + 1)])
+    [finding] = made_up.check(moves).findings
+    assert (finding.id, finding.severity) == ("FOLIO-INDEX", Severity.ERROR)
+    assert finding.address == START + 2 * 4096
+    assert (finding.expected, finding.actual, finding.pages) == (good, good + 1, 1)
+    assert finding.vma == (START, START + PAGES * 4096)
+
+
+@pytest.mark.parametrize("wrong_reads", [1, 2])
+def test_what_does_not_repeat_is_transient(wrong_reads):
+    made_up = Process()
+    good = START + 2 * 4096 >> 12
+    # Each pass over the pages reads a struct page twice: as the page, and as its folio's head.
+    made_up.changing(index_at(2), [word(good + 1)] * 2 * wrong_reads + [word(good)])
+    [finding] = made_up.check().findings
+    assert (finding.id, finding.severity) == ("FOLIO-INDEX", Severity.TRANSIENT)
+
+
+def test_page_that_is_replaced_all_the_time_is_not_accused():
+    made_up = Process()
+    made_up.changing(index_at(2), [word(0x1234)])
+    # Every read of the page table finds the wrong page in the entry, or another one.
+    entries = [word(PFN + 2 << 12 | TABLE), word(PFN + 1 << 12 | TABLE)]
+    made_up.changing(0x202000 + 16, entries * 1000, physical=True)
+    result = made_up.check()
+    assert {finding.severity for finding in result.findings} == {Severity.TRANSIENT}
+
+
+def test_lock_held_for_write_on_a_dump_makes_findings_transient():
+    made_up = Process()
+    made_up.changing(index_at(2), [word(0x1234)])
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "mmap_lock_count": 1})
+    [finding] = made_up.check(moves=False).findings
+    assert finding.severity is Severity.TRANSIENT
+
+
+def test_lock_that_is_never_released_leaves_the_verdict_open():
+    made_up = Process()
+    made_up.changing(index_at(2), [word(0x1234)])
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "mmap_lock_count": 1})
+    result = made_up.check()
+    assert [finding.severity for finding in result.findings] == [Severity.TRANSIENT]
+    assert "could not be read again" in result.incomplete[0]
+
+
+def test_first_fault_under_way_is_not_an_error():
+    made_up = Process()
+    head = VMA + LAYOUT.vma.offset("chain_next")
+    made_up.memory.put_struct(LAYOUT.vma, VMA, {**made_up.vma, "chain_next": head, "chain_prev": head})
+    locked = {"root": ANON_VMA, "parent": ANON_VMA, "refcount": 1, "rwsem_count": 1}
+    made_up.memory.put_struct(LAYOUT.anon_vma, ANON_VMA, locked)
+    severities = {f.id: f.severity for f in made_up.check(moves=False).findings}
+    assert severities["AVC-EMPTY"] is Severity.TRANSIENT
+
+
+def test_exiting_process_is_not_judged():
+    made_up = Process()
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "mm_users": 0})
+    result = made_up.check()
+    assert result.findings == []
+    assert "exiting" in result.incomplete[0]
+
+
+def test_pages_that_are_wrong_in_the_same_way_are_one_finding():
+    made_up = Process()
+    made_up.memory.put_struct(
+        LAYOUT.vma, VMA, {**made_up.vma, "anon_pgoff_lo": made_up.vma["anon_pgoff_lo"] + 3}
+    )
+    by_id = {f.id: f for f in made_up.check(moves=False).findings}
+    assert set(by_id) == {"FOLIO-INDEX", "VMA-PURE-ANON-PGOFF"}
+    assert by_id["FOLIO-INDEX"].pages == PAGES
+    assert by_id["FOLIO-INDEX"].address == START
+
+
+def test_memory_is_bounded_when_everything_is_wrong(monkeypatch):
+    monkeypatch.setattr(process, "HITS_MAX", 2)
+    made_up = Process()
+    made_up.memory.put_struct(LAYOUT.vma, VMA, {**made_up.vma, "anon_pgoff_lo": 5, "vm_pgoff": 5})
+    result = made_up.check(moves=False)
+    assert sum(f.pages for f in result.findings if f.id == "FOLIO-INDEX") == 2
+    assert "2 more pages look wrong" in result.incomplete[0]
+
+
+def test_what_cannot_be_judged_is_counted():
+    made_up = Process()
+    marker, swap, migration = 31 << 59, 5 << 59, 26 << 59
+    entries = [0x99 << 12 | TABLE, marker, swap | 0x4000, migration | 0x4000, 0x700 << 12 | TABLE]
+    made_up.memory.put_words(0x202000, entries + [0] * 507, physical=True)
+    result = made_up.check(moves=False)
+    # The fifth lies behind the VMA's end, before its struct page is looked for.
+    assert dict(result.pages.skipped) == {
+        "zero pages": 1,
+        "marker entries": 1,
+        "swap entries": 1,
+        "migration entries": 1,
+        "pages no VMA covers": 1,
+    }
+    assert (result.pages.present, result.pages.checked) == (2, 0)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A kernel's memory made up by hand: no kernel, no types, just bytes at addresses."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+import drgn
+import numpy as np
+
+from kvirt.layout import Layout, MapleLayout, Member, Scheme, StructLayout, SwapTypes, swap_type_names
+
+VMEMMAP = 0xFFFFEA0000000000
+
+
+def _layout(type_name: str, size: int, **offsets: int) -> StructLayout:
+    return StructLayout(type_name, size, {name: Member(at, 8) for name, at in offsets.items()})
+
+
+def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_mask: bool = False) -> Layout:
+    """A layout of eight-byte members in the order of their names here."""
+    vma = [
+        "vm_start",
+        "vm_end",
+        "vm_mm",
+        "vm_flags",
+        "anon_vma",
+        "vm_ops",
+        "vm_pgoff",
+        "vm_file",
+        "chain_next",
+        "chain_prev",
+        "anon_pgoff_lo",
+        "anon_pgoff_hi",
+    ]
+    members = {name: Member(8 * i, 8) for i, name in enumerate(vma)}
+    members["anon_pgoff_lo"] = Member(80, 4)
+    members["anon_pgoff_hi"] = Member(84, 4)
+    if scheme is Scheme.LEGACY:
+        del members["anon_pgoff_lo"], members["anon_pgoff_hi"]
+    bits = {
+        "READ": 0,
+        "WRITE": 1,
+        "EXEC": 2,
+        "SHARED": 3,
+        "MAYWRITE": 5,
+        "MAYSHARE": 7,
+        "GROWSDOWN": 8,
+        "PFNMAP": 10,
+        "IO": 14,
+        "SEQ_READ": 15,
+        "RAND_READ": 16,
+        "HUGETLB": 22,
+        "WIPEONFORK": 25,
+        "MIXEDMAP": 28,
+    }
+    page_dtype = np.dtype(
+        {
+            "names": ["flags", "compound", "mapping", "index", "mapcount"],
+            "formats": ["<u8", "<u8", "<u8", "<u8", "<i4"],
+            "offsets": [0, 8, 24, 32, 48],
+            "itemsize": 64,
+        }
+    )
+    page = StructLayout(
+        "struct page",
+        64,
+        {"flags": Member(0, 8), "compound": Member(8, 8), "mapping": Member(24, 8), "index": Member(32, 8)},
+    )
+    return Layout(
+        release="7.3.0-made-up",
+        arch="x86_64",
+        scheme=scheme,
+        page_shift=12,
+        pgtable_levels=levels,
+        physical_mask=(1 << 52) - 1,
+        vmemmap=VMEMMAP,
+        vma=StructLayout("struct vm_area_struct", 96, members),
+        mm=_layout(
+            "struct mm_struct",
+            80,
+            ma_root=0,
+            map_count=8,
+            mm_users=16,
+            pgd=24,
+            start_stack=32,
+            start_brk=40,
+            brk=48,
+            flags=56,
+            mmap_lock_count=64,
+        ),
+        avc=_layout("struct anon_vma_chain", 32, vma=0, anon_vma=8, same_vma_next=16, same_vma_prev=24),
+        anon_vma=_layout("struct anon_vma", 56, root=0, parent=8, refcount=16, rb_root=24, rwsem_count=32),
+        page=page,
+        page_dtype=page_dtype,
+        compound_mask=compound_mask,
+        # Sixteen and ten slots, as the kernel has them on 64 bits.
+        maple=MapleLayout(32, slice(1, 16), slice(16, 32), 248, slice(1, 10), slice(10, 20), 240),
+        vm={name: 1 << bit for name, bit in bits.items()},
+        pg_hwpoison=1 << 20,
+        zero_pfn=0x99,
+        zero_pages=1,
+        huge_zero_pfn_address=None,
+        swap_types=SwapTypes(swap_type_names(24, True)),
+        shmem_ops=frozenset({0xFFFFFFFF81000000}),
+        special_mapping_ops=frozenset({0xFFFFFFFF81000100}),
+        dontunmap_resets_pgoff=True,
+        hugetlb_index_in_pages=True,
+    )
+
+
+class Memory:
+    """Bytes at virtual and physical addresses, as a drgn program."""
+
+    def __init__(self) -> None:
+        self.prog = drgn.Program(
+            drgn.Platform(
+                drgn.Architecture.X86_64,
+                drgn.PlatformFlags.IS_LITTLE_ENDIAN | drgn.PlatformFlags.IS_64_BIT,
+            )
+        )
+
+    def put(self, address: int, data: bytes, *, physical: bool = False) -> None:
+        """Lay bytes at an address; later ones hide earlier ones."""
+        self.prog.add_memory_segment(
+            address, len(data), lambda at, count, offset, is_physical: data[offset : offset + count], physical
+        )
+
+    def put_words(self, address: int, words: list[int], *, physical: bool = False) -> None:
+        """Lay 64-bit words at an address."""
+        self.put(address, struct.pack(f"<{len(words)}Q", *words), physical=physical)
+
+    def put_struct(self, layout: StructLayout, address: int, values: Mapping[str, int]) -> None:
+        """Lay a structure at an address; members not named are 0."""
+        data = bytearray(layout.size)
+        for name, value in values.items():
+            member = layout.members[name]
+            data[member.offset : member.offset + member.size] = value.to_bytes(member.size, "little")
+        self.put(address, bytes(data))

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The printed tables, to the letter."""
+
+from collections import Counter
+from pathlib import Path
+
+import drgn
+import pytest
+
+from kvirt.findings import Finding, PageCounts, Report, Severity, TaskReport, VmaRow
+from kvirt.layout import Scheme
+from kvirt.mm.vma import Vma, vma_kind
+from kvirt.render.json import check_document, schema
+from kvirt.render.table import _short_count, check_table, printable, vmas_table
+from kvirt.target import Kind, Target
+from tests.unit.fake import make_layout
+
+GOLDEN = Path(__file__).parent / "golden"
+TARGET = Target(drgn.Program(), Kind.CORE, "dwarf", "vmcore")
+PRIVATE, GROWSDOWN = 0x73, 0x100
+FILE, OPS = 0xFFFF888000009000, 0xFFFFFFFF82000000
+
+
+def row(layout, start, pages, pgoff, anon_pgoff, *, name="", flags=PRIVATE, file=0, ops=0, faulted=True):
+    vma = Vma(
+        layout,
+        0xFFFF888000000000 + start,
+        start,
+        start + pages * 4096,
+        0,
+        flags,
+        pgoff,
+        anon_pgoff,
+        0xFFFF888000005000 if faulted else 0,
+        ops,
+        file,
+        0,
+        0,
+        0,
+    )
+    return VmaRow(vma, vma_kind(vma), name)
+
+
+def rows(layout):
+    legacy = layout.scheme is Scheme.LEGACY
+    base = 0x7F9AE3487000
+    return [
+        row(
+            layout,
+            0x400000,
+            16,
+            0,
+            0 if legacy else 0x400,
+            name="/usr/bin/cat",
+            file=FILE,
+            ops=OPS,
+            faulted=False,
+        ),
+        row(layout, 0x410000, 4, 16, 16 if legacy else 0x410, name="/usr/bin/cat", file=FILE, ops=OPS),
+        row(layout, base, 2, base >> 12, base >> 12),
+        row(layout, base + 0x10000, 2, 0x7F9AE3487, 0x7F9AE3487),
+        row(
+            layout,
+            base + 0x20000,
+            1,
+            3,
+            3 if legacy else (base >> 12) + 0x20,
+            name="/a/path/so/long/that/it/cannot/possibly/fit/into/the/room/that/is/left/lib\x1b[31m.so",
+            flags=0xF9,
+            file=FILE,
+            ops=OPS,
+            faulted=False,
+        ),
+        row(
+            layout,
+            0x7FFC6F7C1000,
+            33,
+            0xFFFFFFFFFDE,
+            0xFFFFFFFFFDE,
+            name="[stack]",
+            flags=PRIVATE | GROWSDOWN,
+        ),
+    ]
+
+
+def report(layout):
+    task = TaskReport(42, "evil\x1b[2J", rows(layout))
+    task.pages = PageCounts(1234, 600, 1200, Counter({"KSM pages": 30, "zero pages": 4}))
+    return Report([task])
+
+
+def with_findings(layout):
+    result = report(layout)
+    start = 0x7F9AE3497000
+    result.tasks[0].findings = [
+        Finding("ANONVMA-IN-NONCOW", Severity.WARNING, "the VMA has an anon_vma, though nothing in it can be "
+                "copied on write", 42, (0x410000, 0x414000), None, 0, 0xFFFF888000005000),
+        Finding("FOLIO-INDEX", Severity.ERROR, "page frame 0x1810e is indexed 0x7f9ae3489, and should be "
+                "0x7f9ae3488 (+1)", 42, (start, start + 8192), start + 4096, 0x7F9AE3488, 0x7F9AE3489, 2),
+        Finding("VMA-TREE", Severity.ERROR, "mm->map_count is 7, and the tree holds 6 VMAs", 42,
+                expected=6, actual=7),
+    ]  # fmt: skip
+    return result
+
+
+def incomplete(layout):
+    result = report(layout)
+    result.tasks[0].incomplete = [
+        "PID 42 (evil): 3 page tables cannot be read, the first for address 0x1000."
+    ]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("consistent", lambda: check_table(TARGET, make_layout(), report(make_layout()))),
+        ("findings", lambda: check_table(TARGET, make_layout(), with_findings(make_layout()))),
+        ("incomplete", lambda: check_table(TARGET, make_layout(), incomplete(make_layout()), vmas=False)),
+        (
+            "legacy",
+            lambda: vmas_table(
+                TARGET, make_layout(Scheme.LEGACY), 42, "cat", rows(make_layout(Scheme.LEGACY))
+            ),
+        ),
+    ],
+)
+def test_golden(name, text, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = text()
+    golden = GOLDEN / f"{name}.txt"
+    assert printed + "\n" == golden.read_text()
+    assert max(len(line) for line in printed.splitlines()) <= 100
+    assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (-5, "-5"), (999_999, "+999999"), (1_000_000, "+1.0M"), (-17_557_827_821_630, "-17.6T")],
+)
+def test_short_count(number, text):
+    assert _short_count(number) == text
+
+
+def test_strangers_strings_are_escaped():
+    assert printable("a\x1b[31m\nb\u202ec é") == "a\\x1b[31m\\nb\\u202ec é"
+
+
+def test_verdict_and_exit_status():
+    layout = make_layout()
+    assert report(layout).exit_status() == 0
+    assert incomplete(layout).exit_status() == 3
+    assert with_findings(layout).exit_status() == 1
+    warning = report(layout)
+    warning.tasks[0].findings = [Finding("X", Severity.WARNING, "odd")]
+    assert warning.exit_status() == 0
+    assert warning.exit_status(strict=True) == 1
+    warning.tasks[0].findings = [Finding("X", Severity.TRANSIENT, "odd"), Finding("X", Severity.INFO, "odd")]
+    assert warning.exit_status(strict=True) == 0
+
+
+def test_documents_keep_their_schema():
+    import json
+
+    import jsonschema
+
+    layout = make_layout()
+    for make in (report, with_findings, incomplete):
+        document = json.loads(check_document(TARGET, layout, make(layout)))
+        jsonschema.validate(document, schema("kvirt.check/1"))
+    document["findings"] = [{"id": "X"}]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, schema("kvirt.check/1"))

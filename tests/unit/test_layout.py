@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-only
+import pytest
+
+from kvirt.errors import KvirtError
+from kvirt.layout import Scheme, detect_scheme, swap_type_names
+
+OLD = ["vm_start", "vm_pgoff", "vm_file"]
+# The prototypes of 6.12, 7.2 and 7.3.
+COPY_VMA_612 = ["vmap", "addr", "len", "pgoff", "need_rmap_locks"]
+COPY_VMA_72 = [*COPY_VMA_612, "keep_source"]
+COPY_VMA_73 = ["vmap", "addr", "len", "pgoff", "anon_pgoff", "need_rmap_locks", "keep_source"]
+
+
+@pytest.mark.parametrize(
+    ("members", "copy_vma", "scheme"),
+    [
+        (OLD, COPY_VMA_612, Scheme.LEGACY),
+        (OLD, COPY_VMA_72, Scheme.LEGACY),
+        (OLD, None, Scheme.LEGACY),
+        ([*OLD, "__vm_anon_pgoff_lo", "__vm_anon_pgoff_hi"], COPY_VMA_73, Scheme.ANON_PGOFF),
+        ([*OLD, "__vm_anon_pgoff_lo", "__vm_anon_pgoff_hi"], None, Scheme.ANON_PGOFF),
+        (
+            [*OLD, "__vm_virt_pgoff_lo", "__vm_virt_pgoff_hi"],
+            [p.replace("anon", "virt") for p in COPY_VMA_73],
+            Scheme.VIRT_PGOFF,
+        ),
+    ],
+)
+def test_scheme_by_members_and_prototype(members, copy_vma, scheme):
+    assert detect_scheme(members, copy_vma) is scheme
+
+
+@pytest.mark.parametrize(
+    ("members", "copy_vma", "words"),
+    [
+        (OLD, COPY_VMA_73, "disagree"),
+        ([*OLD, "__vm_anon_pgoff_lo", "__vm_anon_pgoff_hi"], COPY_VMA_72, "disagree"),
+        ([*OLD, "__vm_anon_pgoff_lo", "__vm_anon_pgoff_hi"], ["virt_pgoff"], "disagree"),
+        (
+            [*OLD, "__vm_anon_pgoff_lo", "__vm_anon_pgoff_hi", "__vm_virt_pgoff_lo", "__vm_virt_pgoff_hi"],
+            COPY_VMA_73,
+            "more than one kind",
+        ),
+        ([*OLD, "__vm_anon_pgoff_lo"], COPY_VMA_73, "unknown way"),
+        ([*OLD, "vm_virt_pgoff"], None, "unknown way"),
+    ],
+)
+def test_contradictions_are_refused(members, copy_vma, words):
+    with pytest.raises(KvirtError, match=words):
+        detect_scheme(members, copy_vma)
+
+
+@pytest.mark.parametrize(
+    ("max_swapfiles", "hwpoison", "devices"),
+    # 7.3 and 6.12 of Debian's cloud flavour, and one without memory failure handling.
+    [(24, True, 3), (27, True, 0), (28, False, 0)],
+)
+def test_swap_types(max_swapfiles, hwpoison, devices):
+    names = swap_type_names(max_swapfiles, hwpoison)
+    assert len(names) == 32
+    assert names.count("swap") == max_swapfiles
+    assert names.count("migration") == 3
+    assert names.count("device") == devices
+    assert names[-1] == "marker"
+    assert (names[max_swapfiles] == "hwpoison") is hwpoison
+
+
+def test_impossible_swap_types_are_refused():
+    with pytest.raises(KvirtError, match="30 swap types"):
+        swap_type_names(30, True)

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``kvirt lab``: kernels, guests and dumps to try kvirt on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvirt.errors import KvirtError
+
+if TYPE_CHECKING:
+    from kvirt.lab.channel import GuestProcess
+    from kvirt.lab.guest import Guest
+    from kvirt.lab.kernels import Kernel
+
+PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": []}
+
+
+@click.group()
+def command() -> None:
+    """Kernels, guests and dumps to try kvirt on.
+
+    Everything fetched or built is kept in ~/.cache/kvirt, or in $KVIRT_CACHE.
+    """
+    # As Ctrl-C does, so that what was started is ended and what was made is removed.
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def guest_options(function: Any) -> Any:
+    """Add the options that say which guest to boot."""
+    from_here = [
+        click.option(
+            "--kernel",
+            "kernel_name",
+            default="7.3",
+            show_default=True,
+            metavar="VERSION|BZIMAGE",
+            help="A version of Debian's kernel (the newest that matches), or a bzImage.",
+        ),
+        click.option(
+            "--vmlinux",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="The vmlinux of the same build as the bzImage.",
+        ),
+        click.option("--memory", default="2560M", show_default=True, help="The guest's memory."),
+        click.option("--cpus", default=2, show_default=True, type=click.IntRange(1, 64)),
+        click.option(
+            "--timeout",
+            default=600.0,
+            show_default=True,
+            help="Seconds after which the guest is ended.",
+        ),
+        click.option("--append", default="", help="Words for the kernel's command line."),
+    ]
+    for option in reversed(from_here):
+        function = option(function)
+    return function
+
+
+@command.command()
+@click.argument("pattern", default="7.3")
+@click.option("--update", is_flag=True, help="Ask the mirror for a newer one.")
+def kernel(pattern: str, update: bool) -> None:
+    """Fetch the newest Debian kernel of a version, and say where it is."""
+    from kvirt.lab.kernels import get_kernel
+    from kvirt.lab.progress import TerminalReport
+
+    found = get_kernel(pattern, TerminalReport(), update=update)
+    click.echo(f"release  {found.release}")
+    click.echo(f"image    {found.image}")
+    click.echo(f"vmlinux  {found.vmlinux}")
+    click.echo(f"modules  {found.modules}")
+
+
+@command.command()
+def root() -> None:
+    """Build the guests' root directory, and say where it is."""
+    from kvirt.lab.progress import TerminalReport
+    from kvirt.lab.root import get_root
+
+    click.echo(get_root(TerminalReport()))
+
+
+@command.command()
+@click.argument("patterns", nargs=-1)
+def prepare(patterns: tuple[str, ...]) -> None:
+    """Fetch kernels and build the root, at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kvirt.lab.kernels import DEFAULT_PATTERN, get_kernel
+    from kvirt.lab.progress import TerminalReport
+    from kvirt.lab.root import get_root
+
+    report = TerminalReport()
+    with ThreadPoolExecutor() as pool:
+        root_directory = pool.submit(get_root, report)
+        try:
+            for pattern in patterns or (DEFAULT_PATTERN,):
+                click.echo(get_kernel(pattern, report).release)
+        finally:
+            root_directory.cancel()
+        root_directory.result()
+
+
+@command.command(context_settings={"ignore_unknown_options": True})
+@guest_options
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
+def run(argv: tuple[str, ...], **options: Any) -> None:
+    """Run a command in a fresh guest: its output, its input, its exit status.
+
+    \b
+    Example:
+      kvirt lab run -- kvirt check-pid 1
+    """
+    with _guest(**options) as guest:
+        out, err = sys.stdout.buffer, sys.stderr.buffer
+        process = guest.popen(argv, stdout=_sink(out), stderr=_sink(err))
+        if sys.stdin is None or sys.stdin.isatty():
+            process.close_stdin()
+        else:
+            threading.Thread(target=_forward, args=(process,), daemon=True).start()
+        status = process.wait()
+    sys.exit(status)
+
+
+@command.command(context_settings={"ignore_unknown_options": True})
+@guest_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "--format",
+    "dump_format",
+    default="elf",
+    show_default=True,
+    type=click.Choice(["elf", "kdump-zlib", "kdump-lzo", "kdump-snappy"]),
+    help="The kdump ones are flattened.",
+)
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+def dump(argv: tuple[str, ...], output: Path, dump_format: str, **options: Any) -> None:
+    """Take a vmcore of a fresh guest.
+
+    COMMAND is started first, and its first line of output waited for. Printed are the paths of the
+    vmcore and of the vmlinux to read it with.
+    """
+    with _guest(**options) as guest:
+        if argv:
+            process = guest.popen(argv)
+            line = process.readline()
+            click.echo(textwrap.shorten(line, 200, placeholder=" ..."), err=True)
+            if not line:
+                raise KvirtError(
+                    f"{argv[0]} ended in the guest (exit status {process.wait()}) before it had "
+                    f"printed a line: {process.stderr_text().strip() or 'it gave no reason'}"
+                )
+        guest.dump(output, dump_format)
+        click.echo(f"core     {output}")
+        click.echo(f"vmlinux  {guest.kernel.vmlinux}")
+
+
+@command.command()
+@guest_options
+def shell(**options: Any) -> None:
+    """Work in a fresh guest, in a shell on this terminal. Leaving the shell ends the guest."""
+    from kvirt.lab.terminal import interact
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise KvirtError("The shell needs a terminal: use `kvirt lab run -- COMMAND` without one.")
+    with _guest(**options) as guest:
+        click.echo("kvirt is on PATH, its tree in /kvirt. Ctrl-D leaves.", err=True)
+        status = interact(guest, ["bash", "-l"])
+    sys.exit(status)
+
+
+@command.command(context_settings=PASS_THROUGH, add_help_option=False)
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED)
+def workload(argv: tuple[str, ...]) -> None:
+    """Put this machine's memory into the states that kvirt checks, and hold them."""
+    from kvirt.lab.workload import main
+
+    sys.exit(main(list(argv)))
+
+
+def _kernel(name: str, vmlinux: Path | None) -> Kernel:
+    from kvirt.lab.kernels import Kernel, get_kernel
+    from kvirt.lab.progress import TerminalReport
+
+    if "/" in name or Path(name).is_file():
+        return Kernel.from_files(Path(name), vmlinux)
+    if vmlinux is not None:
+        raise KvirtError("--vmlinux goes with a bzImage of your own: name that with --kernel.")
+    return get_kernel(name, TerminalReport())
+
+
+def _guest(
+    kernel_name: str, vmlinux: Path | None, memory: str, cpus: int, timeout: float, append: str
+) -> Guest:
+    from kvirt.lab.guest import Guest
+    from kvirt.lab.progress import TerminalReport
+
+    return Guest(
+        _kernel(kernel_name, vmlinux),
+        memory=memory,
+        cpus=cpus,
+        timeout=timeout,
+        append=append,
+        report=TerminalReport(),
+    )
+
+
+def _sink(stream: Any) -> Any:
+    def write(data: bytes) -> None:
+        stream.write(data)
+        stream.flush()
+
+    return write
+
+
+def _forward(process: GuestProcess) -> None:
+    import os
+
+    # Not sys.stdin.buffer.read(), which would wait for a full buffer.
+    while data := os.read(sys.stdin.fileno(), 1 << 16):
+        process.write(data)
+    process.close_stdin()
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

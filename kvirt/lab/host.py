@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The host's programs: found, started so that they cannot outlive kvirt, and asked to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from kvirt.errors import KvirtError
+
+# The Debian package that has the program.
+PACKAGES = {
+    "apt-cache": "apt",
+    "chroot": "coreutils",
+    "apt-get": "apt",
+    "depmod": "kmod",
+    "dpkg-deb": "dpkg",
+    "fallocate": "util-linux",
+    "mmdebstrap": "mmdebstrap",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
+}
+# A user's PATH often leaves these out, and depmod lives there.
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def program(name: str) -> str:
+    """Return the path of a host program, or say which package has it."""
+    found = shutil.which(name, path=SEARCH_PATH)
+    if found is None:
+        raise KvirtError(
+            f"{name} is not installed: install the package {PACKAGES[name]} (scripts/bootstrap does)."
+        )
+    return found
+
+
+def require_root(what: str) -> None:
+    """Refuse to go on without root, naming what needs it."""
+    if os.geteuid() != 0:
+        raise KvirtError(f"{what} needs root: run the same command with sudo.")
+
+
+def start(
+    argv: Sequence[str | Path],
+    *,
+    stdout: int | IO[bytes] | None = subprocess.DEVNULL,
+    stderr: int | IO[bytes] | None = subprocess.DEVNULL,
+    parting_signal: str = "KILL",
+    pass_fds: Sequence[int] = (),
+    env: dict[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a child that gets ``parting_signal`` when this kvirt ends, however it ends.
+
+    The child has its own session: Ctrl-C reaches kvirt alone, which then ends its children in order.
+    setpriv sets the parent-death signal, so that no Python code runs between fork and exec.
+    """
+    setpriv = [program("setpriv"), "--pdeathsig", parting_signal, "--"]
+    return subprocess.Popen(
+        [*setpriv, *map(str, argv)],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+        pass_fds=pass_fds,
+        env=env,
+    )
+
+
+def end(child: subprocess.Popen[bytes], grace: float = 2) -> None:
+    """End a child: politely, then after ``grace`` seconds not."""
+    if child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace)
+    if child.poll() is None:
+        child.kill()
+        child.wait()

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Kernels to boot: Debian's, found by version and fetched once, or one of your own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from kvirt.errors import KvirtError
+from kvirt.lab import apt, host
+from kvirt.lab.cache import built, cache_dir, locked
+from kvirt.lab.progress import Report, silent, step
+
+DEFAULT_PATTERN = "7.3"
+# The cloud flavour has virtiofs and virtio-console built in, and the smallest debug package.
+FLAVOUR = "cloud-amd64"
+# In the order of trying; the first that has a match is used. The first is small and has the newest
+# kernels that were built for a release; the lists of the others are ten megabytes each.
+SUITES = ("trixie-backports", "trixie", "sid", "forky", "bookworm-backports", "bookworm")
+# Where a suite has the bootable image, in the order of preference: recent kernels have it in a
+# package of its own, and the signed one arrives later than the others.
+IMAGE_PACKAGES = (
+    "linux-binary-{}",
+    "linux-binary-unsigned-{}",
+    "linux-image-{}",
+    "linux-image-{}-unsigned",
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that the lab can boot."""
+
+    release: str
+    image: Path
+    vmlinux: Path | None = None
+    """The same kernel with debug information."""
+    modules: Path | None = None
+    """What the guest has as ``/lib/modules/RELEASE``."""
+
+    @classmethod
+    def from_files(cls, image: Path, vmlinux: Path | None) -> Kernel:
+        """Take a kernel built by its user: a bzImage, and the vmlinux of the same build."""
+        return cls(
+            release=image_release(image),
+            image=image.absolute(),
+            vmlinux=None if vmlinux is None else vmlinux.absolute(),
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that a suite offers."""
+
+    release: str
+    suite: str
+    version: str = ""
+
+
+def image_release(image: Path) -> str:
+    """Read the release out of a bzImage's header (Documentation/arch/x86/boot.rst)."""
+    try:
+        with image.open("rb") as file:
+            head = file.read(0x8000)
+    except OSError as error:
+        raise KvirtError(
+            f"The kernel image {image} cannot be read ({error.strerror}): name a bzImage, or a "
+            f"version such as {DEFAULT_PATTERN} to fetch Debian's."
+        ) from error
+    if head[0x202:0x206] != b"HdrS":
+        raise KvirtError(
+            f"{image} is not a bzImage: name arch/x86/boot/bzImage of a build tree, or a vmlinuz."
+        )
+    # kernel_version: a pointer, less 0x200, to a string that begins with the release.
+    start = int.from_bytes(head[0x20E:0x210], "little") + 0x200
+    text = head[start : head.find(b"\0", start)].decode("ascii", errors="replace")
+    if not text.split():
+        raise KvirtError(f"{image} does not say which release it is: rebuild it, or name another.")
+    return text.split()[0]
+
+
+def version_key(version: str) -> tuple[tuple[int, ...], str]:
+    """Order releases and package versions by their numbers: 7.10 is newer than 7.9."""
+    upstream = re.match(r"[\d.]+", version)
+    numbers = tuple(int(n) for n in upstream[0].split(".") if n) if upstream else ()
+    # A tilde sorts before everything: a release candidate is older than its release.
+    rest = version[upstream.end() :] if upstream else version
+    return numbers + ((-1,) if rest.startswith("~rc") else (0,)), rest
+
+
+def matches(pattern: str, version: str) -> bool:
+    """Say whether a version is one of the pattern's: 7.3 means 7.3 and 7.3.x, never 7.30."""
+    return version == pattern or re.match(re.escape(pattern) + r"(?![\d])", version) is not None
+
+
+def offered(names: Iterable[str]) -> list[str]:
+    """Pick the releases with debug information out of a suite's package names."""
+    pattern = re.compile(rf"linux-image-(\d.*{FLAVOUR})-dbg")
+    return [match[1] for match in map(pattern.fullmatch, names) if match is not None]
+
+
+def newest(pattern: str, candidates: Iterable[Candidate]) -> Candidate | None:
+    """Return the newest candidate that matches, by the release's name or the package's version."""
+    fitting = [c for c in candidates if matches(pattern, c.release) or matches(pattern, c.version)]
+    return max(fitting, key=lambda c: version_key(c.version or c.release), default=None)
+
+
+def get_kernel(pattern: str = DEFAULT_PATTERN, report: Report = silent, *, update: bool = False) -> Kernel:
+    """Return the newest Debian kernel that matches a version; fetch it if it is not in the cache.
+
+    With ``update`` the mirror is asked for a newer one even if the cache has a match.
+    """
+    cached = None if update else newest(pattern, _cached())
+    if cached is not None:
+        return _load(cached.release)
+    with locked("kernels"):
+        # Another kvirt may have fetched it while this one waited.
+        cached = None if update else newest(pattern, _cached())
+        if cached is None:
+            cached = _find(pattern, report)
+            if not (_directory(cached.release) / "kernel.json").exists():
+                _fetch(cached, report)
+        return _load(cached.release)
+
+
+def _directory(release: str) -> Path:
+    return cache_dir() / "kernels" / release
+
+
+def _cached() -> list[Candidate]:
+    found = []
+    for path in (cache_dir() / "kernels").glob("*/kernel.json"):
+        document = json.loads(path.read_text())
+        found.append(Candidate(document["release"], document["suite"], document["version"]))
+    return found
+
+
+def _load(release: str) -> Kernel:
+    directory = _directory(release)
+    return Kernel(release, directory / "vmlinuz", directory / "vmlinux", directory / "modules")
+
+
+def _find(pattern: str, report: Report) -> Candidate:
+    if not re.match(r"\d", pattern):
+        raise KvirtError(
+            f"{pattern!r} is neither a kernel version such as {DEFAULT_PATTERN} nor a file: name one of them."
+        )
+    with step(report, f"Looking for Linux {pattern} in Debian") as detail:
+        for name in SUITES:
+            detail(name)
+            suite = apt.Suite(name)
+            suite.update()
+            candidates = []
+            for release in offered(suite.names("linux-image-")):
+                version = suite.version(f"linux-image-{release}-dbg")
+                candidates.append(Candidate(release, name, version))
+            best = newest(pattern, candidates)
+            if best is not None:
+                report(f"Found Linux {best.release} ({best.version}) in {name}")
+                return best
+    raise KvirtError(
+        f"No {FLAVOUR} kernel {pattern} with debug information is in Debian's {', '.join(SUITES)}: "
+        "name another version, or give your own with --kernel bzImage --vmlinux vmlinux."
+    )
+
+
+def _fetch(candidate: Candidate, report: Report) -> None:
+    release = candidate.release
+    suite = apt.Suite(candidate.suite)
+    names = set(suite.names("linux-"))
+    image = next((n for p in IMAGE_PACKAGES if (n := p.format(release)) in names), None)
+    if image is None:
+        raise KvirtError(
+            f"Debian's {candidate.suite} has debug information but no image of Linux {release}: "
+            "name another version."
+        )
+    packages = [image, f"linux-modules-{release}", f"linux-image-{release}-dbg"]
+    with built(_directory(release)) as directory:
+        download = directory / "download"
+        files = {}
+        for package in packages:
+            if package not in names:
+                continue  # Older kernels have the modules in the package of the image.
+            with step(report, f"Downloading {package}") as detail:
+                files[package] = suite.download(package, download, detail)
+        with step(report, f"Unpacking Linux {release}") as detail:
+            debug = files.pop(packages[-1])
+            for file in files.values():
+                unpack(file, directory, release)
+            unpack_vmlinux(debug, directory / "vmlinux", release, detail)
+            shutil.rmtree(download)
+            _index_modules(directory, release)
+        document = {"release": release, "version": candidate.version, "suite": candidate.suite}
+        (directory / "kernel.json").write_text(json.dumps(document) + "\n")
+
+
+def unpack(package: Path, directory: Path, release: str) -> None:
+    """Unpack the image and the modules of one package into ``directory``."""
+    scratch = directory / "unpacked"
+    done = subprocess.run([host.program("dpkg-deb"), "-x", package, scratch], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise KvirtError(f"{package.name} cannot be unpacked ({done.stderr.strip()}): try again.")
+    modules = scratch / "usr" / "lib" / "modules" / release
+    if not modules.is_dir():
+        modules = scratch / "lib" / "modules" / release
+    for image in (scratch / "boot" / f"vmlinuz-{release}", modules / "vmlinuz"):
+        if image.is_file():
+            image.rename(directory / "vmlinuz")
+    if (modules / "kernel").is_dir():
+        modules.rename(directory / "modules")
+    shutil.rmtree(scratch)
+
+
+def unpack_vmlinux(package: Path, target: Path, release: str, detail: Callable[[str], None] = silent) -> None:
+    """Take the vmlinux out of a debug package, and read no further than it."""
+    wanted = {
+        f"./usr/lib/debug/boot/vmlinux-{release}",
+        f"./usr/lib/debug/lib/modules/{release}/vmlinux",
+    }
+    child = host.start([host.program("dpkg-deb"), "--fsys-tarfile", package], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        with tarfile.open(fileobj=child.stdout, mode="r|") as archive:
+            for member in archive:
+                if member.name in wanted and member.isreg():
+                    source = archive.extractfile(member)
+                    assert source is not None
+                    with target.open("wb") as file:
+                        _copy(source, file, member.size, detail)
+                    return
+    except tarfile.TarError as error:
+        raise KvirtError(f"{package.name} cannot be unpacked ({error}): try again.") from error
+    finally:
+        host.end(child)
+    raise KvirtError(f"{package.name} has no vmlinux of {release}: name another version.")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int, detail: Callable[[str], None]) -> None:
+    done = 0
+    while chunk := source.read(1 << 22):
+        target.write(chunk)
+        done += len(chunk)
+        detail(f"vmlinux {100 * done / size:.0f} %")
+
+
+def _index_modules(directory: Path, release: str) -> None:
+    # depmod wants the tree as it is when installed; modprobe in the guest wants depmod's files.
+    base = directory / "base" / "lib" / "modules"
+    base.mkdir(parents=True)
+    (base / release).symlink_to(directory / "modules")
+    argv = [host.program("depmod"), "-b", str(directory / "base"), release]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    shutil.rmtree(directory / "base")
+    if done.returncode != 0:
+        raise KvirtError(f"depmod failed on Linux {release} ({done.stderr.strip()}): try again.")

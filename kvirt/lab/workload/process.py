@@ -12,8 +12,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from kvirt.lab.procfs import PAGE_SIZE
 from kvirt.lab.workload import syscalls as sc
@@ -253,9 +253,10 @@ class Process:
     def fork(self, name: str, what: str, body: Callable[[Process], None], category: str = "states") -> None:
         """Start a child that builds what ``body`` says, reports it, and stays."""
         self.children += 1
-        if not os.fork():
-            die_with_parent()
-            self._be_child(name, what, body, category)
+        with signals_held():
+            if not os.fork():
+                die_with_parent()
+                self._be_child(name, what, body, category)
 
     def fork_through(
         self,
@@ -266,12 +267,21 @@ class Process:
     ) -> None:
         """Start a grandchild whose parent, after ``between``, exits before ``body`` begins."""
         self.children += 1
-        middle = os.fork()
-        if middle:
-            _, status = os.waitpid(middle, 0)
-            if status:
-                raise NotReached(f"The process between {self.name} and {name} failed.")
-            return
+        with signals_held():
+            middle = os.fork()
+            if not middle:
+                self._be_between(name, what, between, body)
+        _, status = os.waitpid(middle, 0)
+        if status:
+            raise NotReached(f"The process between {self.name} and {name} failed.")
+
+    def _be_between(
+        self,
+        name: str,
+        what: str,
+        between: Callable[[Process], None],
+        body: Callable[[Process], None],
+    ) -> None:
         status = 1
         try:
             self._become(f"{self.name} (gone)", self.what, self.category)
@@ -301,6 +311,7 @@ class Process:
             # The parent ends its children itself: by the end of the pipe, or by a signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
             life, writing_end = self._life
             if writing_end >= 0:
                 os.close(writing_end)
@@ -338,12 +349,23 @@ class Process:
         yield {"process": entry, "children": self.children}
 
 
+_HELD = {signal.SIGTERM, signal.SIGINT}
 _FENCE = sc.MAP_PRIVATE | sc.MAP_ANONYMOUS | sc.MAP_NORESERVE
 
 
 def prot_bits(prot: str) -> int:
     """Return the PROT_ bits of letters out of "rwx"."""
     return sum(_PROT[letter] for letter in prot)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back signals, lest a child gets one before it has its own way to end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
 def die_with_parent() -> None:

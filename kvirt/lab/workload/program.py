@@ -53,6 +53,10 @@ def main(argv: list[str]) -> int:
         return 1
     except (Terminated, KeyboardInterrupt):
         return 0
+    except BrokenPipeError:
+        # The reader has seen enough. Python would complain once more while it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         workload.stop()

@@ -65,13 +65,15 @@ def chain(p: Process) -> None:
             moved_file=child.remap(
                 child.write(child.file(child.memfd(pages + 4), pages + 4, 0), [pages, pages + 2])
             ),
-            untouched=child.anon(pages + 4),
+            late=child.anon(pages + 4),
         )
         level(child, 0)
 
     def write(child: Process, page: int) -> None:
-        for region in child.regions.values():
-            child.write(region, [page])
+        for key, region in child.regions.items():
+            # Level 2 is the first to touch this one: its anon_vma has no ancestor.
+            if key != "late" or page >= 4:
+                child.write(region, [page])
 
     def level(child: Process, depth: int) -> None:
         write(child, 2 * depth)

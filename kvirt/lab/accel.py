@@ -24,8 +24,9 @@ def arguments(name: str) -> list[str]:
     """Return QEMU's options for an accelerator."""
     if name == "kvm":
         return ["-accel", "kvm", "-cpu", "host"]
-    # QEMU 7.2 emulates cmpxchg16b wrongly, and the kernel's allocator relies on it where it is offered.
-    return ["-accel", "tcg,thread=multi", "-cpu", "max,cx16=off"]
+    # QEMU 7.2 emulates two things wrongly: cmpxchg16b, on which the kernel's allocator relies where it is
+    # offered, and some of AVX2, by which numpy sorts.
+    return ["-accel", "tcg,thread=multi", "-cpu", "max,cx16=off,avx=off"]
 
 
 def accelerator(image: Path, report: Report) -> str:

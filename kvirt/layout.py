@@ -418,7 +418,13 @@ def read_layout(prog: drgn.Program) -> Layout:
     if platform is None or platform.arch != drgn.Architecture.X86_64:
         name = "an unknown architecture" if platform is None else platform.arch.name.lower()
         raise KvirtError(f"This kernel is for {name}; this version of kvirt reads x86-64 only.")
-    vma_type = prog.type("struct vm_area_struct")
+    try:
+        vma_type = prog.type("struct vm_area_struct")
+    except LookupError:
+        raise KvirtError(
+            "The type information of this kernel does not have struct vm_area_struct: give its vmlinux "
+            "with full debug information with --symbols."
+        ) from None
     if vma_type.has_member("vm_region"):
         raise KvirtError(
             "This kernel has no MMU support, and page offsets mean something else there: "

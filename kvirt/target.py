@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import logging
@@ -196,13 +197,14 @@ def _load_symbols(prog: drgn.Program, symbols: Sequence[Path]) -> None:
             f"vmlinux of kernel {release} with build ID {build_id}."
         )
     if module.debug_file_status is not have:
-        try:
+        # The usual places, as drgn knows them, and debuginfod where it is configured.
+        with contextlib.suppress(drgn.MissingDebugInfoError):
             prog.load_module_debug_info(module)
-        except drgn.MissingDebugInfoError:
-            raise KvirtError(
-                f"No debug information was found for kernel {release} (build ID {build_id}): install its "
-                f"debug package (Debian: linux-image-{release}-dbg), or name its vmlinux with --symbols."
-            ) from None
+    if module.debug_file_status is not have:
+        raise KvirtError(
+            f"No debug information was found for kernel {release} (build ID {build_id}): install its "
+            f"debug package (Debian: linux-image-{release}-dbg), or name its vmlinux with --symbols."
+        )
 
 
 def open_target(

@@ -34,7 +34,7 @@ def folio_index(batch: PageBatch) -> PageViolations:
     Severity.ERROR,
     says="The anon_vma of an anonymous folio is in the chain of the VMA that maps it.",
     relied_on="page_address_in_vma() and rmap_walk_anon(), mm/rmap.c",
-    message="the folio at page frame {head:#x} is on anon_vma {actual:#x}, which is not in the VMA's chain",
+    message="the folio at page frame {head:#x} is on anon_vma {actual:#x}, which is not one of the VMA's",
     alike=lambda expected, actual: actual,
 )
 def folio_anon_vma(batch: PageBatch) -> PageViolations:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvirt.cli import LazyGroup
 from kvirt.errors import KvirtError
+from kvirt.lab import defaults
 
 if TYPE_CHECKING:
     from kvirt.lab.channel import GuestProcess
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": []}
 
 
-@click.group()
+LAZY = {"damage": ("kvirt.cli.damage", "Check a process of a vmcore as if an invariant were broken.")}
+
+
+@click.group(cls=LazyGroup, lazy=LAZY)
 def command() -> None:
     """Kernels, guests and dumps to try kvirt on.
 
@@ -39,7 +44,7 @@ def guest_options(function: Any) -> Any:
         click.option(
             "--kernel",
             "kernel_name",
-            default="7.3",
+            default=defaults.KERNEL,
             show_default=True,
             metavar="VERSION|BZIMAGE",
             help="A version of Debian's kernel (the newest that matches), or a bzImage.",
@@ -49,11 +54,11 @@ def guest_options(function: Any) -> Any:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="The vmlinux of the same build as the bzImage.",
         ),
-        click.option("--memory", default="2560M", show_default=True, help="The guest's memory."),
-        click.option("--cpus", default=2, show_default=True, type=click.IntRange(1, 64)),
+        click.option("--memory", default=defaults.MEMORY, show_default=True, help="The guest's memory."),
+        click.option("--cpus", default=defaults.CPUS, show_default=True, type=click.IntRange(1, 64)),
         click.option(
             "--timeout",
-            default=600.0,
+            default=defaults.TIMEOUT,
             show_default=True,
             help="Seconds after which the guest is ended.",
         ),
@@ -65,7 +70,7 @@ def guest_options(function: Any) -> Any:
 
 
 @command.command()
-@click.argument("pattern", default="7.3")
+@click.argument("pattern", default=defaults.KERNEL)
 @click.option("--update", is_flag=True, help="Ask the mirror for a newer one.")
 def kernel(pattern: str, update: bool) -> None:
     """Fetch the newest Debian kernel of a version, and say where it is."""
@@ -94,7 +99,7 @@ def prepare(patterns: tuple[str, ...]) -> None:
     """Fetch kernels and build the root, at the same time."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from kvirt.lab.kernels import DEFAULT_PATTERN, get_kernel
+    from kvirt.lab.kernels import get_kernel
     from kvirt.lab.progress import TerminalReport
     from kvirt.lab.root import get_root
 
@@ -102,7 +107,7 @@ def prepare(patterns: tuple[str, ...]) -> None:
     with ThreadPoolExecutor() as pool:
         root_directory = pool.submit(get_root, report)
         try:
-            for pattern in patterns or (DEFAULT_PATTERN,):
+            for pattern in patterns or (defaults.KERNEL,):
                 click.echo(get_kernel(pattern, report).release)
         finally:
             root_directory.cancel()
@@ -138,7 +143,7 @@ def run(argv: tuple[str, ...], **options: Any) -> None:
     "dump_format",
     default="elf",
     show_default=True,
-    type=click.Choice(["elf", "kdump-zlib", "kdump-lzo", "kdump-snappy"]),
+    type=click.Choice(defaults.DUMP_FORMATS),
     help="The kdump ones are flattened.",
 )
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Every invariant is broken in turn, over a dump: it is found, named exactly, and nothing else is."""
+
+import pytest
+
+from kvirt.checks.process import ProcessChecker
+from kvirt.checks.registry import CHECKS, all_checks
+from kvirt.checks.task import check_task
+from kvirt.errors import KvirtError
+from kvirt.findings import Severity
+from kvirt.lab.damage import DAMAGES, Scene
+from kvirt.layout import layout_of
+from kvirt.tasks import find_process
+
+# The process of the workload that has what the damage needs, where it is not the main one.
+SCENES = {"ANON-VMA-ROOT": "chain-2"}
+
+
+def applies(name, layout):
+    return name.partition("/")[0] in {check.id for check in all_checks(layout)}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found(dump, whole, name):
+    if not applies(name, whole.layout):
+        pytest.skip(f"{name} means nothing under the scheme {whole.layout.scheme} of this kernel.")
+    target = dump.open()
+    checker = ProcessChecker(target.prog, layout_of(target.prog), moves=False)
+    pid = dump.processes().get(SCENES.get(name, ""), dump.pid)
+    process = find_process(target.prog, pid)
+    try:
+        made = DAMAGES[name](Scene(target.prog, process.mm))
+    except KvirtError as error:
+        if name == "FOLIO-INDEX/file-offset" and whole.layout.scheme == "legacy":
+            pytest.skip("A legacy kernel indexes by the file offset, and is right to.")
+        raise AssertionError(f"{name} could not be made up: {error}") from error
+    before = {(f.id, f.vma, f.address) for f in whole.reports[pid].findings}
+    new = [f for f in check_task(checker, process).findings if (f.id, f.vma, f.address) not in before]
+    found = [f for f in new if f.id == made.id]
+    assert found, made.description
+    assert {f.id for f in new} <= {made.id} | made.also
+    named = [
+        f
+        for f in found
+        if (made.vma is None or f.vma == made.vma) and (made.address is None or f.address == made.address)
+    ]
+    assert named, (made, found)
+    if made.address is not None:
+        assert len(found) == 1
+    # On kernels that leave the source of MREMAP_DONTUNMAP displaced, being so is no news.
+    expected = {CHECKS[made.id].severity}
+    if made.id == "LEG-UNFAULTED-PGOFF" and not whole.layout.dontunmap_resets_pgoff:
+        expected = {Severity.INFO}
+    assert {f.severity for f in found} == expected
+
+
+def test_every_invariant_has_a_damage(whole):
+    for check in all_checks(whole.layout):
+        assert check.id in DAMAGES, f"nothing shows that {check.id} can fire"
+
+
+def test_the_dump_itself_is_not_changed(dump, whole):
+    target = dump.open()
+    process = find_process(target.prog, dump.pid)
+    before = dump.core.stat()
+    DAMAGES["FOLIO-INDEX"](Scene(target.prog, process.mm))
+    assert dump.core.stat() == before
+    again = dump.open()
+    checker = ProcessChecker(again.prog, layout_of(again.prog), moves=False)
+    assert check_task(checker, process).findings == whole.reports[dump.pid].findings
+
+
+def test_other_processes_stay_silent(dump, whole):
+    target = dump.open()
+    checker = ProcessChecker(target.prog, layout_of(target.prog), moves=False)
+    DAMAGES["FOLIO-INDEX"](Scene(target.prog, find_process(target.prog, dump.pid).mm))
+    for process in whole.processes:
+        if process.pid != dump.pid:
+            assert check_task(checker, process).findings == whole.reports[process.pid].findings

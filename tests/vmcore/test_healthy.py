@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""On a healthy kernel every check is silent, and what kvirt reads is what the workload predicts."""
+
+import re
+
+from kvirt.findings import Severity
+from kvirt.layout import Scheme
+from kvirt.lab.workload.regions import expand
+
+# Reachable without a kernel bug, and provoked by these processes on purpose: MADV_WIPEONFORK leaves
+# unfaulted memory displaced, and UFFDIO_COPY prepares an anon_vma in a shared mapping.
+ODD_AND_LEGAL = {
+    "wiped": {"VMA-UNFAULTED-PGOFF"},
+    "wiped-kept": {"VMA-UNFAULTED-PGOFF"},
+    "uffd-shared": {"ANONVMA-IN-NONCOW"},
+}
+
+
+def test_no_process_has_an_error(whole):
+    assert len(whole.reports) > 10
+    errors = [f for r in whole.reports.values() for f in r.findings if f.severity is Severity.ERROR]
+    assert errors == []
+    assert [r.incomplete for r in whole.reports.values() if r.incomplete] == []
+
+
+def test_nothing_is_transient_in_processes_that_stand_still(whole, dump):
+    findings = [f for pid in dump.processes().values() for f in whole.reports[pid].findings]
+    assert [f for f in findings if f.severity is Severity.TRANSIENT] == []
+
+
+def test_warnings_are_where_odd_and_legal_states_were_provoked(whole, dump):
+    warned = {}
+    for name, pid in dump.processes().items():
+        ids = {f.id for f in whole.reports[pid].findings if f.severity is Severity.WARNING}
+        if ids:
+            warned[name] = ids
+    expected = dict(ODD_AND_LEGAL)
+    if whole.layout.scheme is Scheme.LEGACY:
+        # There unfaulted and displaced is a warning only where MREMAP_DONTUNMAP does not do it too.
+        del expected["wiped"], expected["wiped-kept"]
+        if whole.layout.dontunmap_resets_pgoff:
+            expected |= {name: {"LEG-UNFAULTED-PGOFF"} for name in ("wiped", "wiped-kept")}
+    assert warned == expected
+
+
+def test_every_page_is_accounted_for(whole):
+    for report in whole.reports.values():
+        pages = report.pages
+        absent = {"swap entries", "migration entries", "marker entries", "device page entries"}
+        skipped = sum(n for reason, n in pages.skipped.items() if reason not in absent)
+        assert pages.present == pages.checked + skipped
+        assert 0 < pages.anon <= pages.checked
+
+
+def test_every_exec_left_its_stack_displaced(whole):
+    stacks = [row for r in whole.reports.values() for row in r.vmas if row.kind == "stack"]
+    assert len(stacks) >= len(whole.reports)
+    assert all(row.vma.anon_pgoff != row.vma.vm_start >> 12 for row in stacks)
+
+
+def test_vmas_are_what_the_workload_predicts(whole, dump):
+    wrong = []
+    compared = 0
+    legacy = whole.layout.scheme is Scheme.LEGACY
+    for region in dump.workload["regions"]:
+        rows = {row.vma.vm_start: row for row in whole.reports[region["pid"]].vmas}
+        row = rows[int(region["start"], 16)]
+        vm_pgoff = region["vm_pgoff"]
+        if legacy:
+            vm_pgoff = region.get("legacy_vm_pgoff", vm_pgoff)
+        expected = {
+            "end": int(region["end"], 16),
+            "kind": region["kind"],
+            "faulted": region["faulted"],
+        }
+        found = {"end": row.vma.vm_end, "kind": str(row.kind), "faulted": row.vma.anon_vma != 0}
+        if vm_pgoff is not None:
+            expected["vm_pgoff"], found["vm_pgoff"] = int(vm_pgoff, 16), row.vma.vm_pgoff
+        if region["faulted"] is None:
+            del expected["faulted"], found["faulted"]
+        if not legacy and region["anon_pgoff"] is not None:
+            expected["anon_pgoff"], found["anon_pgoff"] = int(region["anon_pgoff"], 16), row.vma.anon_pgoff
+        compared += 1
+        if expected != found:
+            wrong.append((region["name"], expected, found))
+    assert wrong == []
+    assert compared > 500
+
+
+def test_the_pages_that_the_workload_wrote_are_counted(whole, dump):
+    for name, pid in dump.processes().items():
+        regions = [region for region in dump.workload["regions"] if region["pid"] == pid]
+        known = sum(len(expand([*r["written"], *r.get("inherited", [])])) for r in regions)
+        assert whole.reports[pid].pages.anon >= known, name
+
+
+def test_a_bulk_reading_sees_what_a_plain_loop_sees(dump, whole):
+    for name, pid in dump.processes().items():
+        done = dump.script("check_anon_index.py", pid)
+        assert done.returncode == 0, done.stdout + done.stderr
+        match = re.search(r"^(\d+) anonymous pages checked, 0 with a wrong index$", done.stdout, re.M)
+        assert match is not None
+        # Entries without access rights are present for the kernel, and not for drgn's page walk.
+        hidden = sum(
+            len(expand([*r["written"], *r.get("inherited", [])]))
+            for r in dump.workload["regions"]
+            if r["pid"] == pid and not r["prot"]
+        )
+        assert int(match[1]) + hidden == whole.reports[pid].pages.anon, name

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import signal as signals
@@ -180,12 +179,6 @@ class Channel:
         except OSError as error:
             raise self.why_closed() from error
 
-    def close(self) -> None:
-        """Hang up."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
-
     def _serve(self) -> None:
         try:
             for line in self._lines:
@@ -202,5 +195,6 @@ class Channel:
             pass
         finally:
             self.closed = True
+            self._lines.close()
             for process in list(self._processes.values()):
                 process.wake()

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from kvirt.errors import KvirtError
-from kvirt.lab import apt, host
+from kvirt.lab import apt, defaults, host
 from kvirt.lab.cache import built, cache_dir, locked
 from kvirt.lab.progress import Report, silent, step
 
-DEFAULT_PATTERN = "7.3"
 # The cloud flavour has virtiofs and virtio-console built in, and the smallest debug package.
 FLAVOUR = "cloud-amd64"
 # In the order of trying; the first that has a match is used. The first is small and has the newest
@@ -72,7 +71,7 @@ def image_release(image: Path) -> str:
     except OSError as error:
         raise KvirtError(
             f"The kernel image {image} cannot be read ({error.strerror}): name a bzImage, or a "
-            f"version such as {DEFAULT_PATTERN} to fetch Debian's."
+            f"version such as {defaults.KERNEL} to fetch Debian's."
         ) from error
     if head[0x202:0x206] != b"HdrS":
         raise KvirtError(
@@ -112,7 +111,7 @@ def newest(pattern: str, candidates: Iterable[Candidate]) -> Candidate | None:
     return max(fitting, key=lambda c: version_key(c.version or c.release), default=None)
 
 
-def get_kernel(pattern: str = DEFAULT_PATTERN, report: Report = silent, *, update: bool = False) -> Kernel:
+def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, update: bool = False) -> Kernel:
     """Return the newest Debian kernel that matches a version; fetch it if it is not in the cache.
 
     With ``update`` the mirror is asked for a newer one even if the cache has a match.
@@ -150,7 +149,7 @@ def _load(release: str) -> Kernel:
 def _find(pattern: str, report: Report) -> Candidate:
     if not re.match(r"\d", pattern):
         raise KvirtError(
-            f"{pattern!r} is neither a kernel version such as {DEFAULT_PATTERN} nor a file: name one of them."
+            f"{pattern!r} is neither a kernel version such as {defaults.KERNEL} nor a file: name one of them."
         )
     with step(report, f"Looking for Linux {pattern} in Debian") as detail:
         for name in SUITES:

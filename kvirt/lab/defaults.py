@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the command line offers unless told otherwise; free of imports, so that ``--help`` is quick."""
+
+KERNEL = "7.3"
+# drgn needs about 1.5 GB for the debug information of a whole kernel.
+MEMORY = "2560M"
+CPUS = 2
+# Seconds a guest may live.
+TIMEOUT = 600.0
+# In QEMU's words; the kdump ones come flattened.
+DUMP_FORMATS = ("elf", "kdump-zlib", "kdump-lzo", "kdump-snappy")

@@ -475,8 +475,12 @@ def read_layout(prog: drgn.Program) -> Layout:
                 "brk": ["brk"],
                 "flags": ["flags"],
             },
-            # PREEMPT_RT's rw_semaphore has no such count: then it is not known who holds it.
-            {"mmap_lock_count": ["mmap_lock.count.counter"]},
+            {
+                # PREEMPT_RT's rw_semaphore has no such count: then it is not known who holds it.
+                "mmap_lock_count": ["mmap_lock.count.counter"],
+                # Counts the times that mmap_lock was held for write; with CONFIG_PER_VMA_LOCK.
+                "mm_lock_seq": ["mm_lock_seq.sequence", "mm_lock_seq"],
+            },
         ),
         avc=_struct(
             prog,

@@ -13,7 +13,7 @@ import numpy as np
 from kvirt.checks.registry import Check, PageBatch, Violation, VmaContext, VmaTable, all_checks
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
-from kvirt.mm.address_space import AddressSpace, mm_write_locked, read_address_space
+from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
 from kvirt.mm.folio import read_folios
 from kvirt.mm.pagetable import (
     U64,
@@ -25,7 +25,6 @@ from kvirt.mm.pagetable import (
     leaf_special,
     swap_type,
 )
-from kvirt.mm.vma import read_vma
 
 # What looks wrong is read this many times more, with this pause before each, in seconds.
 REREADS = 2
@@ -312,21 +311,17 @@ class ProcessChecker:
                 self._check_space(again)
                 if len(wanted):
                     entries = self._check_pages(again, wanted, PageCounts())
-                    if not self._unchanged(again, entries):
+                    if not self._entries_unchanged(again, entries):
                         continue
-                if mm_write_locked(self.prog, self.layout, again.space.address):
+                if not mm_unchanged(self.prog, again.space):
                     continue
             except drgn.FaultError:
                 continue
             return again
         return None
 
-    def _unchanged(self, again: _Pass, entries: dict[int, int]) -> bool:
-        """Whether the entries and VMAs of what looks wrong are still those that were judged."""
-        vmas = {vma.address: vma for vma in again.space.vmas()}
-        for address in {hit.vma for hit in again.hits.values()}:
-            if read_vma(self.prog, self.layout, address) != vmas[address]:
-                return False
+    def _entries_unchanged(self, again: _Pass, entries: dict[int, int]) -> bool:
+        """Whether the entries of what looks wrong are still those that were judged."""
         wanted = np.array(sorted(entries), dtype=np.uint64)
         now: dict[int, int] = {}
         for leaves in for_each_leaf(self.prog, self.layout, again.space.pgd, WalkTroubles(), wanted):

@@ -36,6 +36,8 @@ class AddressSpace:
     """MMF_UNSTABLE: the OOM reaper has been here, contents may be gone."""
     write_locked: bool | None
     """Whether somebody held mmap_lock for write; None where the kernel does not tell."""
+    lock_seq: int | None
+    """``mm->mm_lock_seq``: changes whenever mmap_lock is held for write; None where there is none."""
     start_stack: int
     start_brk: int
     brk: int
@@ -68,13 +70,19 @@ def _write_locked(m: dict[str, int]) -> bool | None:
     return None if count is None else bool(count & RWSEM_WRITER_LOCKED)
 
 
-def mm_write_locked(prog: drgn.Program, layout: Layout, mm: int) -> bool | None:
-    """Whether somebody holds a process's mmap_lock for write; None where the kernel does not tell.
+def mm_unchanged(prog: drgn.Program, space: AddressSpace) -> bool:
+    """Whether nobody has changed the mappings since an address space began to be read.
 
-    :param mm: address of the ``struct mm_struct``
-    :raises drgn.FaultError: if it cannot be read
+    :raises drgn.FaultError: if the mm_struct cannot be read any more
     """
-    return _write_locked(layout.mm.read(prog, mm))
+    m = space.layout.mm.read(prog, space.address)
+    if _write_locked(m):
+        return False
+    if space.lock_seq is not None:
+        return m["mm_lock_seq"] == space.lock_seq
+    # Kernels that do not count: what was read must read the same again.
+    again = read_address_space(prog, space.layout, space.address)
+    return again.entries == space.entries and again.chains == space.chains
 
 
 def read_address_space(prog: drgn.Program, layout: Layout, mm: int, *, rmap: bool = True) -> AddressSpace:
@@ -93,6 +101,7 @@ def read_address_space(prog: drgn.Program, layout: Layout, mm: int, *, rmap: boo
         mm_users=m["mm_users"],
         unstable=bool(m["flags"] & MMF_UNSTABLE),
         write_locked=_write_locked(m),
+        lock_seq=m.get("mm_lock_seq"),
         start_stack=m["start_stack"],
         start_brk=m["start_brk"],
         brk=m["brk"],

@@ -171,6 +171,20 @@ def vma_kind(vma: Vma, start_stack: int = 0) -> VmaKind:
     return VmaKind.SHMEM if vma.vm_ops in vma.layout.shmem_ops else VmaKind.FILE_SHARED
 
 
+def _file_name(path: drgn.Object) -> bytes:
+    """``d_path()``, fs/d_path.c, with what it says of files without a place in the file system."""
+    name: bytes = d_path(path)
+    dentry = path.dentry
+    if name.startswith(b"["):
+        # memfds, shared memory and the like: simple_dname(), fs/d_path.c
+        name = b"/" + bytes(dentry.d_name.name.string_())
+        return name + b" (deleted)"
+    # d_unlinked(), include/linux/dcache.h
+    if not dentry.d_hash.pprev and dentry != dentry.d_parent:
+        name += b" (deleted)"
+    return name
+
+
 class VmaNames:
     """Names of VMAs as ``/proc/PID/maps`` shows them; a file's path is found once."""
 
@@ -183,8 +197,8 @@ class VmaNames:
     def _file(self, address: int) -> str:
         if address not in self._files:
             try:
-                file = drgn.Object(self._prog, "struct file *", address)
-                self._files[address] = d_path(file.f_path).decode(errors="backslashreplace")
+                path = drgn.Object(self._prog, "struct file *", address).f_path.read_()
+                self._files[address] = _file_name(path).decode(errors="backslashreplace")
             except (drgn.FaultError, LookupError, ValueError, AttributeError):
                 # A path is a courtesy: a torn or damaged dentry must not stop the check.
                 self._files[address] = "?"

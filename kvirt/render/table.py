@@ -44,6 +44,8 @@ def terminal_width() -> int:
 
 def _shorten(text: str, width: int) -> str:
     """Cut a path in front, where it says least."""
+    if len(text) > width:
+        text = text.removesuffix(" (deleted)")
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
 
 

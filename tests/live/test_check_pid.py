@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``kvirt check-pid`` inside a running guest, from outside of it, and on its dump: the same verdict.
+
+What is true comes from the guest's own /proc.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from kvirt.lab.procfs import parse_maps
+from kvirt.render.json import schema
+
+TREE = Path(__file__).resolve().parents[2]
+# A guest without KVM on a busy host.
+PATIENCE = 400
+
+
+@pytest.fixture(scope="module", params=["guest73", "legacy_guest"])
+def guest(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def pids(guest):
+    return [str(process["pid"]) for process in guest.workload["processes"]]
+
+
+@pytest.fixture(scope="module")
+def quiet(guest):
+    """Keep the kernel from collapsing pages between two readings."""
+    path = "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs"
+    before = guest.run(["cat", path], check=True).stdout.strip()
+    guest.run(["sh", "-c", f"echo 4000000000 >{path}"], check=True)
+    yield
+    guest.run(["sh", "-c", f"echo {before} >{path}"], check=True)
+
+
+@pytest.fixture(scope="module")
+def live(guest, pids, quiet):
+    """The document that kvirt prints inside the guest."""
+    done = guest.run(["kvirt", "check-pid", *pids, "--format", "json"], timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert done.stderr == ""
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, schema("kvirt.check/1"))
+    return document
+
+
+def from_host(guest, *arguments):
+    argv = [sys.executable, "-m", "kvirt", "-s", str(guest.kernel.vmlinux), *(str(a) for a in arguments)]
+    return subprocess.run(argv, capture_output=True, text=True, cwd=TREE, check=False)
+
+
+def test_live_from_outside_and_dump_agree(guest, pids, live, tmp_path):
+    outside = from_host(guest, "--qemu", guest.qmp_socket, "check-pid", *pids, "--format", "json")
+    assert outside.returncode == 0, outside.stderr
+    core = tmp_path / "vmcore"
+    guest.dump(core)
+    try:
+        dead = from_host(guest, "--core", core, "check-pid", *pids, "--format", "json")
+    finally:
+        core.unlink()
+    assert dead.returncode == 0, dead.stderr
+    documents = [live, json.loads(outside.stdout), json.loads(dead.stdout)]
+    kinds = [document["target"]["kind"] for document in documents]
+    assert kinds == ["live", "qemu", "core"]
+    first, *others = [{k: v for k, v in d.items() if k != "target"} for d in documents]
+    assert [task["pid"] for task in first["tasks"]] == [int(pid) for pid in pids]
+    for other in others:
+        assert other == first
+
+
+def test_vmas_are_those_of_proc_maps(guest, live):
+    compared = 0
+    for task in live["tasks"]:
+        text = guest.run(["cat", f"/proc/{task['pid']}/maps"], check=True).stdout
+        maps = [mapping for mapping in parse_maps(text) if mapping.path != "[vsyscall]"]
+        assert len(maps) == len(task["vmas"])
+        for mapping, vma in zip(maps, task["vmas"], strict=True):
+            assert (hex(mapping.start), hex(mapping.end)) == (vma["start"], vma["end"])
+            assert mapping.perms == vma["flags"]
+            # Without a file maps shows no offset, though there is one.
+            if mapping.inode:
+                assert mapping.offset >> 12 == int(vma["vm_pgoff"], 16)
+            assert mapping.path.removesuffix(" (deleted)") == vma["name"].removesuffix(" (deleted)")
+            compared += 1
+    assert compared > 1000
+
+
+def test_pages_are_those_of_pagemap(guest, pids, live):
+    done = guest.run(["python3", "/kvirt/tests/live/pagemap.py", *pids], timeout=PATIENCE, check=True)
+    truth = json.loads(done.stdout)
+    for task in live["tasks"]:
+        pages = task["pages"]
+        expected = truth[str(task["pid"])]
+        assert pages["present"] == expected["present"]
+        # pagemap does not call pages without a struct page, or the zero page, a file's.
+        others = ("zero pages", "special mappings without struct page")
+        assert pages["anon"] + sum(pages["skipped"].get(r, 0) for r in others) == expected["anon"]
+
+
+def test_processes_that_come_and_go(guest):
+    done = guest.run(["python3", "/kvirt/tests/live/churn.py", "12"], timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["checks"] == 24
+    assert "Traceback" not in done.stderr
+    assert [finding for finding in seen["findings"] if finding[1] == "error"] == []
+
+
+def test_table_and_refusals(guest):
+    done = guest.run(["kvirt", "vmas", "1"], timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "[stack]" in done.stdout
+    assert ", live, " in done.stdout.splitlines()[1]
+    drop = "import os, sys; os.setgid(65534); os.setuid(65534); os.execvp('python3', sys.argv[1:])"
+    nobody = guest.run(["python3", "-c", drop, "python3", "-m", "kvirt", "check-pid", "1"], timeout=PATIENCE)
+    assert nobody.returncode == 2
+    assert nobody.stderr == "kvirt: Reading the running kernel needs root: run kvirt again with sudo.\n"
+    thread = guest.run(["kvirt", "check-pid", "2"], timeout=PATIENCE)
+    assert thread.returncode == 2
+    assert "is a kernel thread" in thread.stderr

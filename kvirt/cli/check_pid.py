@@ -7,9 +7,8 @@ import click
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
-from kvirt.cli.common import format_option, page_progress, target_of
+from kvirt.cli.common import format_option, open_kernel, page_progress
 from kvirt.findings import Report
-from kvirt.layout import layout_of
 from kvirt.render.json import check_document
 from kvirt.render.table import check_table
 from kvirt.tasks import find_process
@@ -30,8 +29,7 @@ def command(ctx: click.Context, pids: tuple[int, ...], vmas: bool, strict: bool,
     Exit status: 0 consistent, 1 an error was found, 2 wrong usage or environment, 3 no error found but
     something could not be checked.
     """
-    target = target_of(ctx)
-    layout = layout_of(target.prog)
+    target, layout = open_kernel(ctx)
     checker = ProcessChecker(target.prog, layout, moves=target.moves)
     processes = [find_process(target.prog, pid) for pid in pids]
     with page_progress() as progress:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from kvirt.cli import TargetOptions
+from kvirt.layout import Layout, layout_of
 from kvirt.target import Target, open_target
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,11 +30,12 @@ def format_option(function: F) -> F:
     )(function)
 
 
-def target_of(ctx: click.Context) -> Target:
-    """Open the target named before the command."""
+def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
+    """Open the target named before the command, and learn its kernel's layout."""
     options = ctx.find_object(TargetOptions) or TargetOptions()
     with busy("reading the kernel's types"):
-        return open_target(options.core, options.qemu, options.symbols, options.types)
+        target = open_target(options.core, options.qemu, options.symbols, options.types)
+        return target, layout_of(target.prog)
 
 
 @contextmanager

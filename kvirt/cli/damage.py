@@ -8,11 +8,10 @@ import click
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.registry import all_checks
 from kvirt.checks.task import check_task
-from kvirt.cli.common import format_option, target_of
+from kvirt.cli.common import format_option, open_kernel
 from kvirt.errors import KvirtError
 from kvirt.findings import Report
 from kvirt.lab.damage import DAMAGES, Scene
-from kvirt.layout import layout_of
 from kvirt.render.json import check_document
 from kvirt.render.table import check_table
 from kvirt.target import Kind
@@ -57,10 +56,9 @@ def command(ctx: click.Context, damage: str, pid: int, at: int | None, format_: 
     """
     if damage not in DAMAGES:
         raise KvirtError(f"{damage} is not a damage that kvirt can make up: see 'kvirt lab damage --list'.")
-    target = target_of(ctx)
+    target, layout = open_kernel(ctx)
     if target.kind is not Kind.CORE:
         raise KvirtError("Damage is made up over a dump only: name a vmcore with --core.")
-    layout = layout_of(target.prog)
     if damage.partition("/")[0] not in {check.id for check in all_checks(layout)}:
         raise KvirtError(f"{damage} means nothing on this kernel: its scheme is {layout.scheme}.")
     process = find_process(target.prog, pid)

@@ -7,9 +7,8 @@ import click
 import drgn
 
 from kvirt.checks.task import vma_rows
-from kvirt.cli.common import format_option, target_of
+from kvirt.cli.common import format_option, open_kernel
 from kvirt.errors import KvirtError
-from kvirt.layout import layout_of
 from kvirt.mm.address_space import read_address_space
 from kvirt.render.json import vmas_document
 from kvirt.render.table import vmas_table
@@ -26,8 +25,7 @@ def command(ctx: click.Context, pid: int, format_: str) -> None:
     "displaced" is by how many pages the offset of anonymous folios differs from the address: 0 is in
     place. A displaced VMA is not broken: a moved one is, and the stack of every process.
     """
-    target = target_of(ctx)
-    layout = layout_of(target.prog)
+    target, layout = open_kernel(ctx)
     process = find_process(target.prog, pid)
     try:
         space = read_address_space(target.prog, layout, process.mm, rmap=False)

@@ -138,7 +138,8 @@ class Agent:
     def send(self, **message: Any) -> None:
         """Send one message to the host."""
         data = encode(message)
-        with self._lock:
+        # When the host has hung up, serve() ends too.
+        with self._lock, contextlib.suppress(OSError):
             while data:
                 data = data[os.write(self._port, data) :]
 
@@ -148,12 +149,12 @@ class Agent:
             for line in lines:
                 message = decode(line)
                 if message["op"] == "start":
-                    # A thread each: starting a program can take long, and others go on.
-                    threading.Thread(target=self._run, args=(message,), daemon=True).start()
+                    self._start(message)
                 elif (command := self._commands.get(message["id"])) is not None:
                     self._control(command, message)
 
-    def _run(self, message: Message) -> None:
+    def _start(self, message: Message) -> None:
+        # Not in a thread: what the host says next may be for this command.
         number = message["id"]
         try:
             command = Command(number, message["argv"], message.get("tty", False), self.send)
@@ -165,6 +166,9 @@ class Agent:
             self.send(event="exit", id=number, status=127 if missing else 126)
             return
         self._commands[number] = command
+        threading.Thread(target=self._finish, args=(number, command), daemon=True).start()
+
+    def _finish(self, number: int, command: Command) -> None:
         command.wait()
         del self._commands[number]
 

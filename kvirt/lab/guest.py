@@ -163,14 +163,13 @@ class Guest:
             self._machine = Machine(spec)
             try:
                 self._channel = Channel(self._machine.agent, self._machine.death)
-                limit = min(BOOT_SECONDS, spec.timeout)
-                if self._channel.wait_hello(limit):
+                if self._channel.wait_hello(BOOT_SECONDS):
                     assert self._channel.hello is not None
                     self._has_vmcoreinfo = bool(self._channel.hello["vmcoreinfo"])
                     self._qmp = Qmp(self._machine.control)
                     return True
                 if not self._channel.closed:
-                    raise self._machine.hang(limit)
+                    raise self._machine.hang(BOOT_SECONDS)
                 error = self._machine.death()
                 # An emulated processor now and then dies over code that the other one is patching.
                 if last or not self._machine.crashed():

@@ -27,6 +27,7 @@ RUNTIME_PREFIX = "kvirt-guest-"
 # init.sh writes it to the console as soon as it can.
 INIT_MARK = "kvirt: init"
 TAIL = 15
+OOPS = re.compile(r"BUG: |Oops: |Kernel panic - ")
 # What a console is sent beside text: colours, cursor movements.
 CONTROL = re.compile(r"\x1b\[[\d;?=]*[A-Za-z]|[^\x20-\x7e\n\t]")
 
@@ -205,8 +206,12 @@ class Machine:
         self._qemu.kill()
 
     def _console_paragraph(self) -> str:
-        tail = self.console_tail()
-        return f" The end of its console:\n{tail}" if tail else " Its console is empty."
+        lines = self.console_tail(1000).splitlines()
+        # The trace of a panic can be longer than what is shown: its beginning tells most.
+        oops = next((n for n, line in enumerate(lines) if OOPS.search(line)), None)
+        if oops is not None:
+            return " Its console, from there on:\n" + "\n".join(lines[oops : oops + TAIL])
+        return " The end of its console:\n" + "\n".join(lines[-TAIL:]) if lines else " Its console is empty."
 
 
 @contextlib.contextmanager

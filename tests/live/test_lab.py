@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guests do what is asked of them, say how they end, and leave nothing behind."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from kvirt.lab.guest import Guest, GuestError
+from kvirt.lab.kernels import get_kernel
+
+# A boot without KVM on a busy host.
+PATIENCE = 180
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="Guests need root: run the tests with `make test`, which uses sudo."
+)
+
+
+def kvirt(*arguments):
+    return [sys.executable, "-m", "kvirt", *arguments]
+
+
+def descendants(pid):
+    """Find the processes that a kvirt has started, virtiofsd's own children included."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def runtime_directories():
+    return set(Path(tempfile.gettempdir()).glob("kvirt-guest-*"))
+
+
+def wait_until(condition, limit=PATIENCE):
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+# In a guest that is there already.
+
+
+def test_output_and_status_pass(guest73):
+    done = guest73.run(["sh", "-c", "echo out; echo err >&2; exit 7"])
+    assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
+
+
+def test_death_by_signal_is_128_and_the_signal(guest73):
+    assert guest73.run(["sh", "-c", "kill -SEGV $$"]).returncode == 128 + signal.SIGSEGV
+
+
+def test_input_reaches_the_command(guest73):
+    assert guest73.run(["cat"], input="text\n" * 50000).stdout == "text\n" * 50000
+
+
+def test_a_failure_that_matters_is_an_error_with_its_reason(guest73):
+    with pytest.raises(GuestError, match=r"failed in the guest with exit status 3\.\nwhy"):
+        guest73.run(["sh", "-c", "echo why >&2; exit 3"], check=True)
+
+
+def test_a_command_that_takes_too_long_is_ended(guest73):
+    with pytest.raises(GuestError, match="`sleep 987` did not end within 1 s"):
+        guest73.run(["sleep", "987"], timeout=1)
+    wait_until(lambda: guest73.run(["grep", "-qs", "987", "/proc/[0-9]*/cmdline"]).returncode != 0)
+
+
+def test_commands_run_at_the_same_time(guest73):
+    waiting = guest73.popen(["cat"])
+    assert guest73.run(["test", "-d", f"/proc/{waiting.pid}"]).returncode == 0
+    waiting.write(b"line\n")
+    assert waiting.readline(30) == "line\n"
+    waiting.close_stdin()
+    assert waiting.wait(30) == 0
+
+
+def test_the_guest_is_the_kernel_asked_for_and_has_what_kvirt_needs(guest73):
+    script = """
+        uname -r
+        test -d /sys/firmware/qemu_fw_cfg/by_name/etc/vmcoreinfo || echo no vmcoreinfo
+        test -s /usr/lib/debug/boot/vmlinux-$(uname -r) || echo no vmlinux
+        test -r /proc/kcore || echo no kcore
+        touch /usr/x 2>/dev/null && echo the root can be written
+        ls /sys/class/net
+        kvirt --version
+    """
+    lines = guest73.run(["sh", "-c", script], check=True).stdout.splitlines()
+    assert lines[0] == guest73.kernel.release
+    assert lines[1] == "lo"
+    assert lines[2].startswith("kvirt")
+    assert len(lines) == 3
+
+
+def test_addresses_are_randomised(guest73):
+    line = guest73.run(["grep", "-w", "_text", "/proc/kallsyms"], check=True).stdout
+    assert int(line.split()[0], 16) != 0xFFFFFFFF81000000
+
+
+def test_a_debugger_on_the_host_reads_the_running_guest(guest73):
+    import drgn
+
+    prog = drgn.Program()
+    prog.set_qemu_qmp(str(guest73.qmp_socket))
+    prog.load_debug_info([guest73.kernel.vmlinux])
+    assert prog["init_uts_ns"].name.release.string_().decode() == guest73.kernel.release
+
+
+def test_a_dump_has_holes_and_the_notes_that_a_debugger_needs(core73):
+    core, vmlinux, workload = core73
+    assert core.stat().st_blocks * 512 < core.stat().st_size / 2
+    import drgn
+
+    prog = drgn.Program()
+    prog.set_core_dump(core)
+    prog.load_debug_info([vmlinux])
+    assert prog["init_uts_ns"].name.release.string_().decode() == workload["kernel"]
+
+
+def test_a_kdump_compressed_dump(guest73, tmp_path):
+    core = guest73.dump(tmp_path / "vmcore", "kdump-zlib")
+    assert core.read_bytes()[:12] == b"makedumpfile"
+
+
+def test_a_format_that_this_qemu_lacks_is_a_sentence_and_no_file(guest73, tmp_path):
+    with pytest.raises(GuestError, match="could not be written"):
+        guest73.dump(tmp_path / "vmcore", "no-such-format")
+    with pytest.raises(GuestError, match="a directory that exists"):
+        guest73.dump(tmp_path / "none" / "vmcore")
+    assert list(tmp_path.iterdir()) == []
+    # The monitor is still of use.
+    assert guest73.dump(tmp_path / "vmcore").stat().st_size > 0
+
+
+def small_guest(**options):
+    return Guest(get_kernel("7.3"), memory="512M", timeout=PATIENCE, **options)
+
+
+# In guests of their own, from the command line.
+
+
+def test_the_command_line_passes_everything_through():
+    before = runtime_directories()
+    done = subprocess.run(
+        kvirt("lab", "run", "--memory", "512M", "--", "sh", "-c", "cat; echo err >&2; kill -9 $$"),
+        input="in\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + signal.SIGKILL
+    assert done.stdout == "in\n"
+    assert done.stderr.endswith("err\n")
+    assert runtime_directories() <= before
+
+
+def test_a_guest_that_takes_too_long_is_ended_and_its_console_shown():
+    done = subprocess.run(
+        kvirt("lab", "run", "--memory", "512M", "--timeout", "6", "--", "sleep", "1000"),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2
+    assert "kvirt: The guest was ended after 6 s, its time limit" in done.stderr
+    assert re.search(r"The end of its console:\n\[ +\d+\.", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_boot_that_hangs_is_told_from_one_that_dies(monkeypatch):
+    monkeypatch.setattr("kvirt.lab.guest.BOOT_SECONDS", 2)
+    with pytest.raises(GuestError, match="hangs: it has not come up within 2 s"), small_guest():
+        pytest.fail("it booted")
+
+
+def test_a_guest_that_panics_says_so():
+    with small_guest() as guest:
+        process = guest.popen(["sh", "-c", "echo c >/proc/sysrq-trigger"])
+        with pytest.raises(GuestError, match=r"panicked: sysrq triggered crash\.(.|\n)*Kernel panic"):
+            process.wait(PATIENCE)
+        with pytest.raises(GuestError, match="panicked"):
+            guest.run(["true"])
+
+
+def test_a_kernel_that_cannot_find_its_root_dies_and_is_tried_twice():
+    said = []
+    with (
+        pytest.raises(GuestError, match="panicked: VFS: Unable to mount root"),
+        small_guest(append="root=none", report=said.append),
+    ):
+        pytest.fail("it booted")
+    assert sum("Trying once more" in line for line in said) == 1
+
+
+def test_what_qemu_refuses_is_said_in_its_words():
+    with (
+        pytest.raises(GuestError, match=r"QEMU could not run the guest: .*memory"),
+        Guest(get_kernel("7.3"), memory="999999G"),
+    ):
+        pytest.fail("it booted")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_however_kvirt_ends(number):
+    before = runtime_directories()
+    child = subprocess.Popen(
+        kvirt("lab", "run", "--memory", "512M", "--", "sh", "-c", "echo up; exec sleep 1000"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with contextlib.closing(child.stdout):
+        assert child.stdout.readline() == b"up\n"
+        started = descendants(child.pid)
+        assert len(started) >= 5
+        child.send_signal(number)
+        assert child.wait(30) != 0
+        wait_until(lambda: not any(map(alive, started)), 10)
+    if number == signal.SIGKILL:
+        # Nobody could remove its directory; the next guest does.
+        left = runtime_directories() - before
+        assert len(left) == 1
+        with small_guest():
+            assert not left & runtime_directories()
+    assert runtime_directories() <= before
+
+
+def test_a_shell_works_on_a_terminal():
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, kvirt("lab", "shell", "--memory", "512M"))
+    typed, seen = False, b""
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.suppress(OSError):  # What reading a terminal gives at the end.
+        while time.monotonic() < deadline:
+            seen += os.read(terminal, 4096)
+            if not typed and seen.rstrip().endswith(b"#"):
+                os.write(terminal, b"test -t 0 && echo status-$((6*7)); exit 5\n")
+                typed = True
+    _, status = os.waitpid(pid, 0)
+    assert b"status-42" in seen
+    assert os.waitstatus_to_exitcode(status) == 5
+
+
+def test_a_dump_of_a_guest_with_a_command_in_it(tmp_path):
+    core = tmp_path / "vmcore"
+    words = ["lab", "dump", "--memory", "1G", "-o", str(core), "--", "sh", "-c", "echo ready; sleep 1000"]
+    done = subprocess.run(kvirt(*words), capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert printed["core"] == str(core)
+    listed = subprocess.run(
+        kvirt("-c", printed["core"], "-s", printed["vmlinux"], "vmas", "1", "--format", "json"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(listed.stdout)["vmas"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--kernel", "newest"], "neither a kernel version"),
+        (["--kernel", "/etc/passwd"], "not a bzImage"),
+        (["--memory", "lots"], "no size of memory"),
+        (["--vmlinux", "/etc/passwd"], "goes with a bzImage"),
+    ],
+)
+def test_wrong_words_are_one_sentence_and_status_2(arguments, sentence):
+    done = subprocess.run(
+        kvirt("lab", "run", *arguments, "--", "true"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Checks one process of a real kernel in three ways, then shows what a broken page looks like.
+
+The process is the lab's workload, which has its memory in every state that page offsets can be in. It is
+checked from inside the guest, from outside while the guest runs, and in a vmcore: the verdict has to be
+the same. A vmcore on which one page's index is changed has to be found inconsistent.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from tabulate import tabulate
+
+from kvirt.errors import KvirtError
+from kvirt.lab import defaults
+from kvirt.lab.guest import Guest
+from kvirt.lab.kernels import get_kernel
+from kvirt.lab.progress import TerminalReport, step
+
+# Lines of a table that are shown.
+HEAD = 16
+WIDTH = 110
+# Seconds for a command in a guest without KVM on a busy host.
+PATIENCE = 300
+
+
+class Unexpected(Exception):
+    """A step did not give what the demonstration promises."""
+
+
+def say(text):
+    """Print a heading."""
+    click.secho(f"\n{text}", bold=True)
+
+
+def show(argv, output, head=HEAD):
+    """Print a command and the beginning of what it printed."""
+    click.secho(f"$ {shlex.join(argv)}", fg="green")
+    lines = output.splitlines()
+    for line in lines[:head]:
+        click.echo(line[:WIDTH])
+    if len(lines) > head:
+        click.echo(f"... ({len(lines) - head} more lines)")
+
+
+def on_host(*argv, status=0, quiet=False):
+    """Run kvirt on this machine, show it unless ``quiet``, and return its stdout."""
+    words = ["kvirt", *map(str, argv)]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    if not quiet:
+        show(words, done.stderr + done.stdout)
+    expect(done.returncode == status, f"exit status {done.returncode}, not {status}: {done.stderr}")
+    return done.stdout
+
+
+def in_guest(guest, *argv):
+    """Run kvirt in the guest and return its stdout."""
+    words = ["kvirt", *map(str, argv)]
+    click.secho(f"guest# {shlex.join(words)}", fg="green")
+    done = guest.run(words, timeout=PATIENCE)
+    expect(done.returncode == 0, f"exit status {done.returncode}, not 0: {done.stderr}")
+    return done.stdout
+
+
+def expect(condition, otherwise):
+    """Give up unless the condition holds."""
+    if not condition:
+        raise Unexpected(otherwise.strip())
+
+
+def verdict(document):
+    """Return what has to be the same however the process is read."""
+    (task,) = json.loads(document)["tasks"]
+    findings = json.loads(document)["findings"]
+    displaced = [vma for vma in task["vmas"] if vma["displacement"]]
+    return {
+        "errors": sum(finding["severity"] == "error" for finding in findings),
+        "other findings": sum(finding["severity"] != "error" for finding in findings),
+        "VMAs": len(task["vmas"]),
+        "displaced": len(displaced),
+        "pages checked": task["pages"]["checked"],
+        "findings": sorted(json.dumps(finding, sort_keys=True) for finding in findings),
+        "vmas": task["vmas"],
+    }
+
+
+def demonstrate(guest, directory):
+    """Go through the steps; raise :class:`Unexpected` if one gives something else."""
+    report = TerminalReport()
+    vmlinux = guest.kernel.vmlinux
+    say(f"A guest runs Linux {guest.kernel.release} ({guest.accelerator}). The workload fills its memory.")
+    click.secho("guest# kvirt lab workload &", fg="green")
+    with step(report, "Waiting for the workload"):
+        workload = guest.popen(["kvirt", "lab", "workload"])
+        line = workload.readline(PATIENCE)
+    expect(line, f"the workload failed: {workload.stderr_text()}")
+    document = json.loads(line)
+    pid = document["pid"]
+    click.echo(f"PID {pid}: {len(document['regions'])} regions with known page offsets")
+
+    say("1. Live, inside the guest")
+    with step(report, "Loading the kernel's types in the guest, which is slow without KVM"):
+        live = verdict(in_guest(guest, "check-pid", pid, "--format", "json"))
+    click.echo(f"{live['errors']} errors, {live['pages checked']} pages checked")
+
+    say("2. From outside, while the guest runs")
+    outside = ["--qemu", guest.qmp_socket, "-s", vmlinux, "check-pid", pid]
+    on_host(*outside)
+    running = verdict(on_host(*outside, "--format", "json", quiet=True))
+
+    say("3. A vmcore")
+    core = guest.dump(directory / "vmcore")
+    dead = ["-c", core, "-s", vmlinux, "check-pid", pid]
+    on_host(*dead, "--no-vmas")
+    dumped = verdict(on_host(*dead, "--format", "json", quiet=True))
+
+    say("4. The same vmcore, with one page's index changed on the fly")
+    on_host("-c", core, "-s", vmlinux, "lab", "damage", "FOLIO-INDEX", pid, status=1)
+
+    workload.close_stdin()
+    expect(workload.wait(PATIENCE) == 0, "the workload did not end well")
+    verdicts = {"live, in the guest": live, "running, from outside": running, "vmcore": dumped}
+    say("What was seen")
+    columns = ["errors", "other findings", "VMAs", "displaced", "pages checked"]
+    rows = [[name, *(found[column] for column in columns)] for name, found in verdicts.items()]
+    click.echo(tabulate(rows, headers=["", *columns]))
+    different = [key for key in live if not live[key] == running[key] == dumped[key]]
+    expect(not different, f"the three readings differ in: {', '.join(different)}")
+    expect(live["errors"] == 0, "a healthy process has errors")
+    click.echo("The three verdicts are the same. The changed page was found (exit status 1).")
+
+
+def main():
+    """Boot, demonstrate, sum up; the exit status is 0 only if all was as expected."""
+    os.environ["COLUMNS"] = str(WIDTH)
+    # As Ctrl-C does, so that the guest is ended and the vmcore removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    started = time.monotonic()
+    report = TerminalReport()
+    try:
+        with (
+            Guest(get_kernel(defaults.KERNEL, report), report=report) as guest,
+            tempfile.TemporaryDirectory(prefix="kvirt-demo-") as directory,
+        ):
+            demonstrate(guest, Path(directory))
+    except (Unexpected, KvirtError) as error:
+        click.echo(f"demo: {error}", err=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    click.echo(f"All of it took {time.monotonic() - started:.0f} s.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,6 +28,10 @@ if [ "$vmlinux" ]; then
 	mount -t virtiofs -o ro kvirt-symbols /run/symbols
 	ln -s "/run/symbols/$vmlinux" "/usr/lib/debug/boot/vmlinux-$release"
 fi
+# drgn reads all over a vmlinux of 400 MB: fewer, larger requests halve what that costs without KVM.
+for device in /sys/class/bdi/0:*; do
+	echo 4096 >"$device/read_ahead_kb"
+done
 # Hands VMCOREINFO to QEMU, for dumps and for debuggers on the host.
 [ -d /sys/firmware/qemu_fw_cfg ] || modprobe -q qemu_fw_cfg
 ip link set lo up 2>/dev/null

@@ -3,12 +3,12 @@
 
 KVIRT_CACHE=${KVIRT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvirt}
 export KVIRT_CACHE
-# Outside the tree, which guests mount. A tree has one; a changed pyproject.toml or Python makes a new one.
-venvs=$KVIRT_CACHE/venv
-tree_key=$(echo "$tree" | sha256sum | cut -c1-8)
-venv=$venvs/$tree_key-$({ /usr/bin/python3 --version; cat "$tree/pyproject.toml"; } | sha256sum | cut -c1-8)
-quiet_log=$(mktemp)
-trap 'rm -f "$quiet_log"' EXIT
+# Sets $venv, once there is a Python. It is outside the tree, which guests mount. A tree has one; a changed
+# pyproject.toml or Python makes a new one.
+find_venv() {
+	tree_key=$(echo "$tree" | sha256sum | cut -c1-8)
+	venv=$KVIRT_CACHE/venv/$tree_key-$({ /usr/bin/python3 --version; cat "$tree/pyproject.toml"; } | sha256sum | cut -c1-8)
+}
 
 # Runs a command as root, with the caller's cache, pip configuration and proxies.
 as_root() {

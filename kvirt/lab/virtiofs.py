@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import shutil
 import subprocess
 import time
@@ -14,6 +16,7 @@ from kvirt.lab import host
 # Debian 13: a package of its own, written in Rust. Debian 12: a part of QEMU, written in C.
 RUST = Path("/usr/libexec/virtiofsd")
 C = Path("/usr/lib/qemu/virtiofsd")
+OPEN_FILES = 1 << 18
 # The strict sandbox wants to make namespaces, which a container may not be allowed to do.
 SANDBOXES = ("namespace", "chroot")
 
@@ -36,7 +39,8 @@ def find() -> tuple[Path, bool]:
 def arguments(directory: Path, socket: Path, sandbox: str) -> list[str]:
     """Return the command that serves a directory on a socket."""
     path, rust = find()
-    common = [str(path), f"--socket-path={socket}", "--thread-pool-size=4"]
+    # They keep this kvirt's limit: a container may not allow the one they want, and the C one gives up then.
+    common = [str(path), f"--socket-path={socket}", "--thread-pool-size=4", "--rlimit-nofile=0"]
     if rust:
         return [*common, f"--shared-dir={directory}", "--cache=always", f"--sandbox={sandbox}"]
     options = f"source={directory},cache=always,sandbox={sandbox},log_level=err"
@@ -52,6 +56,7 @@ class Share:
         self.tag = tag
         self.socket = runtime / f"{tag}.sock"
         self._log = runtime / f"{tag}.log"
+        _raise_file_limit()
         for sandbox in SANDBOXES:
             with self._log.open("wb") as log:
                 self._child = host.start(
@@ -84,3 +89,13 @@ class Share:
                 return True
             time.sleep(0.01)
         return False
+
+
+def _raise_file_limit() -> None:
+    """Allow many open files: virtiofsd keeps every file open that the guest has looked at."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (OPEN_FILES, hard):
+        # A container's root may not go beyond what it has been given.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, max(limit, hard)))
+            return

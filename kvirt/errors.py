@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What kvirt raises when it cannot do what was asked."""
+"""What kvirt raises when it cannot do what was asked, and how strangers' words go into its sentences."""
 
 
 class KvirtError(Exception):
@@ -7,3 +7,13 @@ class KvirtError(Exception):
 
     The command line prints it on stderr and exits with status 2.
     """
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Show control and escape characters escaped: names come from other people's processes.
+
+    :param keep: characters to leave as they are
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text
+    )

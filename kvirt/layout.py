@@ -539,6 +539,12 @@ def layout_of(prog: drgn.Program) -> Layout:
     """
     layout = prog.cache.get("kvirt.layout")
     if not isinstance(layout, Layout):
-        layout = read_layout(prog)
+        try:
+            layout = read_layout(prog)
+        except (drgn.FaultError, LookupError, ValueError, OverflowError) as error:
+            raise KvirtError(
+                f"What kvirt needs to know of this kernel cannot be read ({error}): the dump is truncated or "
+                "lacks kernel data; take it again, or with a lower makedumpfile dump level."
+            ) from None
         prog.cache["kvirt.layout"] = layout
     return layout

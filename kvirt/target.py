@@ -45,7 +45,8 @@ class Target:
     @property
     def moves(self) -> bool:
         """Whether the kernel runs while it is read."""
-        return self.kind is not Kind.CORE
+        # /proc/kcore may have been named as a core.
+        return self.kind is not Kind.CORE or bool(self.prog.flags & drgn.ProgramFlags.IS_LIVE)
 
 
 def _main_module(prog: drgn.Program) -> drgn.MainModule:
@@ -96,7 +97,9 @@ def _check_elf_core(path: Path) -> None:
 
 def _open_core(prog: drgn.Program, path: Path) -> None:
     try:
-        if path.stat().st_size == 0:
+        if path.is_fifo():
+            raise KvirtError(f"{path} is a pipe: give --core a vmcore in a file.")
+        if path.is_file() and path.stat().st_size == 0:
             raise KvirtError(f"{path} is empty: take the dump again, with enough disk space.")
         _check_elf_core(path)
         prog.set_core_dump(path)
@@ -179,8 +182,8 @@ def _load_symbols(prog: drgn.Program, symbols: Sequence[Path]) -> None:
     for path in symbols:
         if not path.exists():
             raise KvirtError(f"{path} does not exist: give --symbols a vmlinux or debug file.")
-        if path.is_dir():
-            raise KvirtError(f"{path} is a directory: give --symbols the vmlinux file in it.")
+        if not path.is_file():
+            raise KvirtError(f"{path} is not a file: give --symbols a vmlinux or debug file.")
         try:
             module.try_file(path)
         except PermissionError:

@@ -36,12 +36,15 @@ def find_process(prog: drgn.Program, pid: int) -> Process:
     except drgn.FaultError as error:
         raise KvirtError(
             f"PID {pid} cannot be looked up ({error}): the dump may lack these pages, or the process just "
-            "exited."
+            "exited; name another one."
         ) from None
     if flags & PF_KTHREAD:
         raise KvirtError(
             f"PID {pid} ({comm}) is a kernel thread and has no address space: name a user process."
         )
     if not mm:
-        raise KvirtError(f"PID {pid} ({comm}) has exited and has no address space any more.")
+        raise KvirtError(
+            f"PID {pid} ({comm}) has exited and has no address space any more: if threads of it still run, "
+            "name one of those."
+        )
     return Process(pid, comm, mm)

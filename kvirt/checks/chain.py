@@ -15,6 +15,7 @@ from kvirt.findings import Severity
     Severity.ERROR,
     says="A VMA has an anon_vma if and only if its chain is not empty.",
     relied_on="unlink_anon_vmas(), mm/rmap.c",
+    faulting=True,
 )
 def avc_empty(context: VmaContext) -> Iterator[Violation]:
     """The pointer and the list say the same."""
@@ -37,6 +38,7 @@ def avc_empty(context: VmaContext) -> Iterator[Violation]:
     says="Every link of a VMA's chain points back to the VMA, each anon_vma is in it once, and the VMA's "
     "own is among them.",
     relied_on="rmap_walk_anon(), anon_vma_clone() and unlink_anon_vmas(), mm/rmap.c",
+    faulting=True,
 )
 def avc_self(context: VmaContext) -> Iterator[Violation]:
     """The chain is this VMA's own, and sound."""

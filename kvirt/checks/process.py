@@ -4,52 +4,25 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import drgn
 import numpy as np
 
-from kvirt.checks.registry import Check, PageBatch, Violation, VmaContext, VmaTable, all_checks
+from kvirt.checks.registry import Check, Violation, VmaContext, VmaTable, all_checks
+from kvirt.checks.sorting import DOUBTS, Sorted, Sorter
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
-from kvirt.mm.folio import read_folios
-from kvirt.mm.pagetable import (
-    U64,
-    Leaves,
-    WalkTroubles,
-    for_each_leaf,
-    leaf_pfn,
-    leaf_present,
-    leaf_special,
-    swap_type,
-)
+from kvirt.mm.pagetable import U64, WalkTroubles, for_each_leaf
 
 # What looks wrong is read this many times more, with this pause before each, in seconds.
 REREADS = 2
 PAUSE = 0.012
 # How often one re-read is tried until nobody changes the process meanwhile.
 TRIES = 8
-
-# Reasons for which a page or entry is not judged.
-NO_VMA = "pages no VMA covers"
-SPECIAL = "special mappings without struct page"
-ZERO = "zero pages"
-NO_MAPPING = "kernel or driver pages"
-KSM = "KSM pages"
-HWPOISON = "poisoned pages"
-UNREADABLE = "pages whose struct page cannot be read"
-TEMPORARY_STACK = "pages of an exec's temporary stack"
-HUGETLB_UNITS = "hugetlb pages indexed in huge pages"
-NOT_PRESENT = {
-    "swap": "swap entries",
-    "hwpoison": HWPOISON,
-    "migration": "migration entries",
-    "device": "device page entries",
-    "marker": "marker entries",
-}
-
 
 # Entries of one process that are remembered one by one when they look wrong. Bounds memory when
 # everything is wrong.
@@ -84,12 +57,31 @@ class _Pass:
 
     space: AddressSpace
     violations: dict[_Key, tuple[Check, VmaContext | None, Violation]] = field(default_factory=dict)
-    """By check, VMA, and which of the check's violations on this VMA it is."""
+    """By check, address, and which of the check's violations there it is."""
     hits: dict[_Key, _PageHit] = field(default_factory=dict)
     """By check and address."""
+    doubts: dict[_Key, int] = field(default_factory=dict)
+    """By reason and address: base pages."""
     overflow: int = 0
     """Base pages objected to beyond HITS_MAX."""
     troubles: WalkTroubles = field(default_factory=WalkTroubles)
+    unreadable: str | None = None
+    """Why the page tables could not be walked, if they could not."""
+
+    def suspects(self) -> set[_Key]:
+        """Keys of everything that looks wrong."""
+        return {*self.violations, *self.hits, *self.doubts}
+
+    def addresses(self) -> U64:
+        """Addresses of the pages that look wrong, sorted."""
+        keys = [*self.hits, *self.doubts]
+        return np.array(sorted({address for _, address, _ in keys}), dtype=np.uint64)
+
+    def forget(self, keys: Iterable[_Key]) -> None:
+        """Drop what did not last."""
+        for key in keys:
+            self.hits.pop(key, None)
+            self.doubts.pop(key, None)
 
 
 @dataclass(slots=True)
@@ -100,6 +92,7 @@ class ProcessResult:
     findings: list[Finding]
     pages: PageCounts
     incomplete: list[str]
+    """What could not be checked, each without the final dot."""
 
 
 class ProcessChecker:
@@ -116,55 +109,59 @@ class ProcessChecker:
         checks = all_checks(layout)
         self._space_checks = [c for c in checks if c.page is None]
         self._page_checks = [c for c in checks if c.page is not None]
-        self._huge_zero_pfn: int | None = None
 
     def check(self, mm: int, progress: Callable[[int], None] = lambda pages: None) -> ProcessResult:
         """Check one process.
 
         :param mm: address of its ``struct mm_struct``
         :param progress: is told the number of pages seen since the last call
-        :raises drgn.FaultError: if the mm_struct or its top page table cannot be read
+        :raises drgn.FaultError: if the mm_struct cannot be read
         """
-        space = self._read(mm)
+        space = self.read(mm)
         result = ProcessResult(space, [], PageCounts(), [])
         if space.mm_users == 0:
             result.incomplete.append("the process is exiting, and its VMAs are being taken apart")
             return result
-        self._huge_zero_pfn = self._read_huge_zero_pfn()
         first = _Pass(space)
         self._check_space(first)
         self._check_pages(first, None, result.pages, progress)
-        self._note_troubles(first, result)
-        suspects = set(first.violations) | set(first.hits)
+        transient = self._confirm(first, result) if self.moves else set()
+        first.forget(key for key in transient if key in first.doubts)
+        unsettled = space.unstable or (not self.moves and bool(space.write_locked))
+        result.findings = list(self._space_findings(first, transient, unsettled))
+        result.findings += _page_findings(first.hits.values(), transient, unsettled)
+        self._note_troubles(first, result, unsettled)
+        return result
+
+    def _confirm(self, first: _Pass, result: ProcessResult) -> set[_Key]:
+        """Read again what looks wrong; returns the keys of what does not last."""
+        suspects = first.suspects()
         transient: set[_Key] = set()
-        for _ in range(REREADS if self.moves else 0):
+        for _ in range(REREADS):
             if not suspects:
                 break
             again = self._reread(first)
             if again is None:
+                # Doubts stay: they are no accusation, and the verdict is open anyway.
+                transient |= suspects - set(first.doubts)
                 result.incomplete.append(
-                    "what looked wrong could not be read again: the process is exiting, or changes its "
-                    "mappings all the time"
+                    "what looked wrong could not be read again, because the process is exiting or changes "
+                    "its mappings all the time: try again, or check a dump of the machine"
                 )
-                transient |= suspects
                 break
-            stays = set(again.violations) | set(again.hits)
+            stays = again.suspects()
             transient |= suspects - stays
             suspects &= stays
             # The freshest values of what repeats; the rest keeps those that it was seen with.
             first.violations.update((k, v) for k, v in again.violations.items() if k in suspects)
             first.hits.update((k, v) for k, v in again.hits.items() if k in suspects)
-        unsettled = space.unstable or (not self.moves and bool(space.write_locked))
-        result.findings = list(self._space_findings(first, transient, unsettled))
-        result.findings += _page_findings(first.hits.values(), transient, unsettled)
-        if first.overflow:
-            result.incomplete.append(
-                f"{first.overflow} more pages look wrong and were not looked at one by one"
-            )
-        return result
+        return transient
 
-    def _read(self, mm: int) -> AddressSpace:
-        """Read the address space; while the kernel runs, preferably with nobody changing it."""
+    def read(self, mm: int) -> AddressSpace:
+        """Read an address space; while the kernel runs, preferably with nobody changing it.
+
+        :raises drgn.FaultError: if the mm_struct cannot be read
+        """
         space = read_address_space(self.prog, self.layout, mm)
         if self.moves:
             for _ in range(TRIES):
@@ -174,19 +171,20 @@ class ProcessChecker:
                 space = read_address_space(self.prog, self.layout, mm)
         return space
 
-    def _read_huge_zero_pfn(self) -> int | None:
-        address = self.layout.huge_zero_pfn_address
-        if address is None:
-            return None
-        pfn: int = self.prog.read_u64(address)
-        return None if pfn == (1 << 64) - 1 else pfn
-
     def _check_space(self, into: _Pass) -> None:
         space = into.space
+
+        def note(check: Check, at: int, context: VmaContext | None, found: Iterable[Violation]) -> None:
+            # Numbered at each place, so that another's coming or going does not rename it.
+            numbers: Counter[int] = Counter()
+            for violation in found:
+                where = at or violation.address or 0
+                into.violations[check.id, where, numbers[where]] = (check, context, violation)
+                numbers[where] += 1
+
         for check in self._space_checks:
             if check.mm is not None:
-                for n, violation in enumerate(check.mm(space)):
-                    into.violations[check.id, violation.address or 0, n] = (check, None, violation)
+                note(check, 0, None, check.mm(space))
         for entry in space.entries:
             vma = entry.vma
             if vma.vm_mm != space.address:
@@ -195,8 +193,7 @@ class ProcessChecker:
             context = VmaContext(space, vma, entry.first, entry.last, space.chains[vma.address])
             for check in self._space_checks:
                 if check.vma is not None:
-                    for n, violation in enumerate(check.vma(context)):
-                        into.violations[check.id, vma.address, n] = (check, context, violation)
+                    note(check, vma.address, context, check.vma(context))
 
     def _check_pages(
         self,
@@ -205,105 +202,62 @@ class ProcessChecker:
         counts: PageCounts,
         progress: Callable[[int], None] = lambda pages: None,
     ) -> dict[int, int]:
-        """Check present pages; returns the entries of those objected to, by address."""
+        """Check present pages; returns the entries of those that look wrong, by address."""
         table = VmaTable(into.space)
+        sorter = Sorter(self.prog, self.layout, table)
         seen: dict[int, int] = {}
-        for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
-            progress(len(leaves) * leaves.pages)
-            batch, leaves = self._batch(table, leaves, counts)
-            if not len(batch.address):
-                continue
-            for check in self._page_checks:
-                assert check.page is not None
-                bad = check.page(batch)
-                where = np.flatnonzero(bad.mask)
-                room = max(0, HITS_MAX - len(into.hits))
-                into.overflow += len(where[room:]) * batch.pages
-                for i in where[:room].tolist():
-                    vma = table.vmas[int(batch.row[i])]
-                    hit = _PageHit(
-                        check,
-                        vma.address,
-                        (vma.vm_start, vma.vm_end),
-                        int(batch.address[i]),
-                        int(bad.expected[i]),
-                        int(bad.actual[i]),
-                        int(batch.pfn[i]),
-                        int(batch.folios.head[i]),
-                        batch.pages,
-                    )
-                    into.hits[hit.key] = hit
-                    seen[hit.address] = int(leaves.entry[i])
+        try:
+            for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
+                progress(len(leaves) * leaves.pages)
+                sorted_ = sorter.sort(leaves, counts)
+                for reason, doubtful in sorted_.doubts.items():
+                    room = max(0, HITS_MAX - len(into.doubts))
+                    for address, entry in zip(
+                        doubtful.address[:room].tolist(), doubtful.entry[:room].tolist(), strict=True
+                    ):
+                        into.doubts[reason, address, 0] = doubtful.pages
+                        seen[address] = entry
+                self._judge(into, table, sorted_, seen)
+        except drgn.FaultError as error:
+            into.unreadable = str(error)
         return seen
 
-    def _batch(self, table: VmaTable, leaves: Leaves, counts: PageCounts) -> tuple[PageBatch, Leaves]:
-        """Sort out what cannot be judged, count it, and read the folios of the rest."""
-        layout, size = self.layout, leaves.pages
-
-        def skip(reason: str, number: int) -> None:
-            if number:
-                counts.skipped[reason] += int(number) * size
-
-        present = leaf_present(leaves)
-        absent = swap_type(leaves.take(~present))
-        for type_, number in zip(*np.unique(absent, return_counts=True), strict=True):
-            skip(NOT_PRESENT[layout.swap_types.names[int(type_)]], int(number))
-        leaves = leaves.take(present)
-        counts.present += len(leaves) * size
-        pfn = leaf_pfn(layout, leaves)
-        row = table.find(leaves.address)
-        zero = np.zeros(len(leaves), dtype=bool)
-        if layout.zero_pfn is not None and leaves.level == 0:
-            zero = (pfn - np.uint64(layout.zero_pfn)) < np.uint64(layout.zero_pages)
-        elif self._huge_zero_pfn is not None and leaves.level == 1:
-            zero = pfn == np.uint64(self._huge_zero_pfn)
-        special = leaf_special(leaves) & ~zero
-        no_vma = (row < 0) & ~zero & ~special
-        skip(ZERO, zero.sum())
-        skip(SPECIAL, special.sum())
-        skip(NO_VMA, no_vma.sum())
-        keep = ~(zero | special | no_vma)
-        leaves, pfn, row = leaves.take(keep), pfn[keep], row[keep]
-        folios = read_folios(self.prog, layout, pfn)
-        poisoned = (folios.flags & np.uint64(layout.pg_hwpoison)) != 0
-        bare = folios.readable & ~poisoned & (folios.mapping == 0)
-        skip(UNREADABLE, (~folios.readable).sum())
-        skip(HWPOISON, (folios.readable & poisoned).sum())
-        skip(NO_MAPPING, bare.sum())
-        keep = folios.readable & ~poisoned & ~bare
-        anon, ksm = folios.is_anon() & keep, folios.is_ksm() & keep
-        building = anon & table.temporary_stack[row] if table.vmas else anon
-        skip(KSM, ksm.sum())
-        skip(TEMPORARY_STACK, building.sum())
-        in_huge_units = np.zeros_like(anon)
-        if not layout.hugetlb_index_in_pages and table.vmas:
-            in_huge_units = anon & table.hugetlb[row]
-            skip(HUGETLB_UNITS, in_huge_units.sum())
-        counts.anon += int(anon.sum()) * size
-        counts.checked += int((keep & ~ksm & ~building & ~in_huge_units).sum()) * size
-        leaves = leaves.take(keep)
-        batch = PageBatch(
-            layout,
-            table,
-            leaves.level,
-            size,
-            leaves.address,
-            pfn[keep],
-            row[keep],
-            folios.take(keep),
-        )
-        return batch, leaves
+    def _judge(self, into: _Pass, table: VmaTable, sorted_: Sorted, seen: dict[int, int]) -> None:
+        batch = sorted_.batch
+        if not len(batch.address):
+            return
+        for check in self._page_checks:
+            assert check.page is not None
+            bad = check.page(batch)
+            where = np.flatnonzero(bad.mask)
+            room = max(0, HITS_MAX - len(into.hits))
+            into.overflow += len(where[room:]) * batch.pages
+            for i in where[:room].tolist():
+                vma = table.vmas[int(batch.row[i])]
+                hit = _PageHit(
+                    check,
+                    vma.address,
+                    (vma.vm_start, vma.vm_end),
+                    int(batch.address[i]),
+                    int(bad.expected[i]),
+                    int(bad.actual[i]),
+                    int(batch.pfn[i]),
+                    int(batch.folios.head[i]),
+                    batch.pages,
+                )
+                into.hits[hit.key] = hit
+                seen[hit.address] = int(sorted_.leaves.entry[i])
 
     def _reread(self, previous: _Pass) -> _Pass | None:
         """Read again what looked wrong: VMAs, entries and folios together, and nothing changing.
 
-        Returns None if the process is gone or never stands still.
+        Returns None if the process is gone or its mappings never stand still.
         """
-        wanted = np.array(sorted({hit.address for hit in previous.hits.values()}), dtype=np.uint64)
+        wanted = previous.addresses()
         for _ in range(TRIES):
             time.sleep(PAUSE)
             try:
-                again = _Pass(self._read(previous.space.address))
+                again = _Pass(self.read(previous.space.address))
                 if again.space.mm_users == 0:
                     return None
                 if again.space.write_locked:
@@ -311,8 +265,9 @@ class ProcessChecker:
                 self._check_space(again)
                 if len(wanted):
                     entries = self._check_pages(again, wanted, PageCounts())
-                    if not self._entries_unchanged(again, entries):
-                        continue
+                    changed = self._changed(again, entries)
+                    # Only these: one page that comes and goes does not excuse the others.
+                    again.forget([k for k in (*again.hits, *again.doubts) if k[1] in changed])
                 if not mm_unchanged(self.prog, again.space):
                     continue
             except drgn.FaultError:
@@ -320,32 +275,58 @@ class ProcessChecker:
             return again
         return None
 
-    def _entries_unchanged(self, again: _Pass, entries: dict[int, int]) -> bool:
-        """Whether the entries of what looks wrong are still those that were judged."""
+    def _changed(self, again: _Pass, entries: dict[int, int]) -> set[int]:
+        """Addresses whose entries are not those any more that were judged."""
         wanted = np.array(sorted(entries), dtype=np.uint64)
         now: dict[int, int] = {}
         for leaves in for_each_leaf(self.prog, self.layout, again.space.pgd, WalkTroubles(), wanted):
             now.update(zip(leaves.address.tolist(), leaves.entry.tolist(), strict=True))
         # The processor sets the accessed and dirty bits by itself.
         ignored = ~(1 << 5 | 1 << 6)
-        return all(now.get(a, 0) & ignored == e & ignored for a, e in entries.items())
+        return {a for a, e in entries.items() if now.get(a, 0) & ignored != e & ignored}
 
-    def _note_troubles(self, first: _Pass, result: ProcessResult) -> None:
+    def _note_troubles(self, first: _Pass, result: ProcessResult, unsettled: bool) -> None:
+        note = result.incomplete.append
+        space = first.space
+        if space.broken_tree is not None and self.moves:
+            note("its VMAs changed all the time while they were listed, so some may be missing: try again")
+        if first.unreadable is not None:
+            note(f"its page tables cannot be read ({first.unreadable}), so no more pages were checked")
         tables = first.troubles.unreadable
-        if tables:
-            result.incomplete.append(
-                f"{len(tables)} page tables cannot be read, the first for address {tables[0]:#x}"
+        if tables and not (self.moves and self._tables_are_back(space, tables)):
+            note(
+                f"{len(tables)} of its page tables cannot be read, the first for address {tables[0]:#x}: "
+                "the dump may lack them, or they are damaged"
             )
-        unreadable = result.pages.skipped[UNREADABLE]
-        if unreadable:
-            result.incomplete.append(f"the struct page of {unreadable} mapped pages cannot be read")
-        if first.space.unstable:
-            result.incomplete.append("the OOM killer has taken memory from the process")
+        for reason in DOUBTS:
+            found = {address: n for (r, address, _), n in first.doubts.items() if r == reason}
+            if found:
+                note(f"{sum(found.values())} {reason}, the first at {min(found):#x}: worth a look")
+        if first.overflow:
+            note(f"{first.overflow} more pages look wrong and were not looked at one by one")
+        if space.unstable:
+            note("the OOM killer has taken memory from it, so nothing in it is held to be wrong")
+        elif unsettled and result.findings:
+            note(
+                "its mmap_lock is held for write, so what looks wrong may be a change under way: look at "
+                "what the holder was doing"
+            )
+
+    def _tables_are_back(self, space: AddressSpace, addresses: list[int]) -> bool:
+        """Whether page tables that could not be read can be now, or are gone."""
+        again = WalkTroubles()
+        wanted = np.array(sorted(addresses), dtype=np.uint64)
+        try:
+            for _ in for_each_leaf(self.prog, self.layout, space.pgd, again, wanted):
+                pass
+        except drgn.FaultError:
+            return False
+        return not again.unreadable
 
     def _space_findings(self, from_: _Pass, transient: set[_Key], unsettled: bool) -> Iterator[Finding]:
         for key, (check, context, violation) in from_.violations.items():
             severity = violation.severity or check.severity
-            if key in transient or unsettled or _anon_vma_locked(context):
+            if key in transient or unsettled or (check.faulting and _anon_vma_locked(context)):
                 severity = Severity.TRANSIENT
             vma = None if context is None else (context.vma.vm_start, context.vma.vm_end)
             yield Finding(

@@ -16,7 +16,7 @@ from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.folio import Folios
 from kvirt.mm.pagetable import U64, Bool
 from kvirt.mm.rmap import AnonVma, Chain
-from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_temporary_stack
+from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_pure_anon, vma_is_temporary_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,14 @@ class VmaTable:
         self.anon_vma = array(v.anon_vma for v in self.vmas)
         self.cow = flags(vma_is_cow_mapping(v) for v in self.vmas)
         self.hugetlb = flags(v.flag("HUGETLB") for v in self.vmas)
+        self.pure = flags(vma_is_pure_anon(v) for v in self.vmas)
         self.temporary_stack = flags(vma_is_temporary_stack(v) for v in self.vmas)
+
+    def at(self, values: Bool, row: npt.NDArray[np.intp]) -> Bool:
+        """What the VMA of each row has; no VMA, nothing."""
+        if not self.vmas:
+            return np.zeros(len(row), dtype=bool)
+        return values[row]
 
     def find(self, addresses: U64) -> npt.NDArray[np.intp]:
         """Row of the VMA that covers each address, -1 if none does."""
@@ -140,6 +147,8 @@ class Check:
     relied_on: str
     """Which kernel code goes wrong without it."""
     applies: Callable[[Layout], bool]
+    faulting: bool = False
+    """A first fault, which holds mmap_lock for read only, breaks it for a moment."""
     mm: MmRun | None = None
     vma: VmaRun | None = None
     page: PageRun | None = None
@@ -181,11 +190,15 @@ def vma_check(
     says: str,
     relied_on: str,
     applies: Callable[[Layout], bool] = _always,
+    faulting: bool = False,
 ) -> Callable[[VmaRun], VmaRun]:
-    """Register an invariant of one VMA."""
+    """Register an invariant of one VMA.
+
+    :param faulting: whether the first fault in a VMA breaks it for a moment
+    """
 
     def register(run: VmaRun) -> VmaRun:
-        _register(Check(id, severity, says, relied_on, applies, vma=run))
+        _register(Check(id, severity, says, relied_on, applies, faulting, vma=run))
         return run
 
     return register

@@ -24,6 +24,29 @@ def vma_rows(prog: drgn.Program, space: AddressSpace) -> list[VmaRow]:
     return [VmaRow(vma, vma_kind(vma, space.start_stack), names(vma)) for vma in own]
 
 
+def list_vmas(checker: ProcessChecker, process: Process) -> tuple[AddressSpace, list[VmaRow]]:
+    """The VMAs of a process, without judging them.
+
+    :raises KvirtError: if they cannot be read, or the process is gone
+    """
+    who = f"PID {process.pid} ({process.comm})"
+    fault = None
+    try:
+        space = checker.read(process.mm)
+        rows = vma_rows(checker.prog, space)
+    except drgn.FaultError as error:
+        fault = error
+    if checker.moves and _is_gone(checker.prog, process):
+        raise KvirtError(f"{who} exited or called exec while it was read: name another process.")
+    if fault is not None:
+        raise KvirtError(
+            f"The memory map of {who} cannot be read ({fault}): the dump may lack it; name another process."
+        )
+    if space.mm_users == 0:
+        raise KvirtError(f"{who} is exiting, and its VMAs are being taken apart: name another process.")
+    return space, rows
+
+
 def check_task(
     checker: ProcessChecker, process: Process, progress: Callable[[int], None] = lambda pages: None
 ) -> TaskReport:

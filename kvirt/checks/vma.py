@@ -85,8 +85,8 @@ def vma_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
     vma = context.vma
     if vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
         yield Violation(
-            f"no page was ever faulted in, and yet the anonymous offset is {displacement(vma):+d} pages "
-            "from the address",
+            "no anonymous page was ever faulted in, and yet the anonymous offset is "
+            f"{displacement(vma):+d} pages from the address",
             expected=vma.vm_start >> vma.layout.page_shift,
             actual=vma.anon_pgoff,
             severity=Severity.WARNING if vma.vm_file == 0 else None,
@@ -109,7 +109,8 @@ def leg_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
     vma = context.vma
     if vma_is_pure_anon(vma) and vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
         yield Violation(
-            f"no page was ever faulted in, and yet vm_pgoff is {displacement(vma):+d} pages from the address",
+            "no anonymous page was ever faulted in, and yet vm_pgoff is "
+            f"{displacement(vma):+d} pages from the address",
             expected=vma.vm_start >> vma.layout.page_shift,
             actual=vma.vm_pgoff,
             severity=None if vma.layout.dontunmap_resets_pgoff else Severity.INFO,

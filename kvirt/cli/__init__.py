@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from kvirt import __version__
-from kvirt.errors import KvirtError
+from kvirt.errors import KvirtError, printable
 
 # Importing drgn and numpy costs more than all the rest: a command's module is imported by its name
 # here only when the command runs, and --help needs none of them.
@@ -111,13 +111,23 @@ def cli(
 
 
 def main() -> None:
-    """Run the program; every expected failure is one sentence on stderr and exit status 2."""
+    """Run the program; every failure is a sentence on stderr and exit status 2."""
     try:
         cli(prog_name="kvirt")
     except KvirtError as error:
-        print(f"kvirt: {error}", file=sys.stderr)
+        print(f"kvirt: {printable(str(error), keep=chr(10))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain once more while flushing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        # Whatever a damaged kernel makes of it: 1 would say that an error was found in the kernel.
+        if "KVIRT_DEBUG" in os.environ:
+            raise
+        print(
+            f"kvirt: an unforeseen {type(error).__name__} ({printable(str(error))}) ended this run: it is a "
+            "defect of kvirt; run it again with KVIRT_DEBUG=1 and report what it prints.",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -7,7 +7,8 @@ import click
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
-from kvirt.cli.common import format_option, open_kernel, page_progress
+from kvirt.cli.common import PID, format_option, open_kernel, page_progress
+from kvirt.errors import printable
 from kvirt.findings import Report
 from kvirt.render.json import check_document
 from kvirt.render.table import check_table
@@ -15,7 +16,7 @@ from kvirt.tasks import find_process
 
 
 @click.command("check-pid")
-@click.argument("pids", metavar="PID...", type=click.IntRange(min=1), nargs=-1, required=True)
+@click.argument("pids", metavar="PID...", type=PID, nargs=-1, required=True)
 @click.option("--vmas/--no-vmas", default=True, show_default=True, help="Print the table of VMAs too.")
 @click.option("--strict", is_flag=True, help="Exit with status 1 on warnings too.")
 @format_option
@@ -39,5 +40,5 @@ def command(ctx: click.Context, pids: tuple[int, ...], vmas: bool, strict: bool,
     else:
         click.echo(check_table(target, layout, report, vmas=vmas))
     for sentence in report.incomplete() if format_ == "json" else ():
-        click.echo(f"kvirt: {sentence}", err=True)
+        click.echo(f"kvirt: {printable(sentence)}", err=True)
     ctx.exit(report.exit_status(strict))

@@ -15,6 +15,9 @@ from kvirt.cli import TargetOptions
 from kvirt.layout import Layout, layout_of
 from kvirt.target import Target, open_target
 
+# PID_MAX_LIMIT, include/linux/threads.h
+PID = click.IntRange(min=1, max=1 << 22)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -8,7 +8,7 @@ import click
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.registry import all_checks
 from kvirt.checks.task import check_task
-from kvirt.cli.common import format_option, open_kernel
+from kvirt.cli.common import PID, format_option, open_kernel
 from kvirt.errors import KvirtError
 from kvirt.findings import Report
 from kvirt.lab.damage import DAMAGES, Scene
@@ -41,7 +41,7 @@ def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 @click.command("damage")
 @click.argument("damage", metavar="DAMAGE")
-@click.argument("pid", metavar="PID", type=click.IntRange(min=1))
+@click.argument("pid", metavar="PID", type=PID)
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="Name all.")
 @click.option("--at", type=HexAddress(), help="Damage the VMA or page at this address, not the first fit.")
 @format_option

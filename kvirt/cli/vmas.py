@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import click
-import drgn
 
-from kvirt.checks.task import vma_rows
-from kvirt.cli.common import format_option, open_kernel
-from kvirt.errors import KvirtError
-from kvirt.mm.address_space import read_address_space
+from kvirt.checks.process import ProcessChecker
+from kvirt.checks.task import list_vmas
+from kvirt.cli.common import PID, format_option, open_kernel
 from kvirt.render.json import vmas_document
 from kvirt.render.table import vmas_table
 from kvirt.tasks import find_process
 
 
 @click.command("vmas")
-@click.argument("pid", metavar="PID", type=click.IntRange(min=1))
+@click.argument("pid", metavar="PID", type=PID)
 @format_option
 @click.pass_context
 def command(ctx: click.Context, pid: int, format_: str) -> None:
@@ -27,11 +25,7 @@ def command(ctx: click.Context, pid: int, format_: str) -> None:
     """
     target, layout = open_kernel(ctx)
     process = find_process(target.prog, pid)
-    try:
-        space = read_address_space(target.prog, layout, process.mm, rmap=False)
-        rows = vma_rows(target.prog, space)
-    except drgn.FaultError as error:
-        raise KvirtError(f"The memory map of PID {pid} cannot be read ({error}).") from None
+    space, rows = list_vmas(ProcessChecker(target.prog, layout, moves=target.moves), process)
     render = vmas_document if format_ == "json" else vmas_table
     click.echo(render(target, layout, pid, process.comm, rows))
     if space.broken_tree is not None:

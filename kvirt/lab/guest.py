@@ -22,6 +22,8 @@ __all__ = ["Guest", "GuestError", "GuestProcess"]
 
 # Ten seconds are usual without KVM; a busy host takes longer.
 BOOT_SECONDS = 120.0
+# An emulated processor now and then dies over code that another one is patching (docs/decisions.md).
+BOOT_ATTEMPTS = 3
 
 
 class Guest:
@@ -60,8 +62,9 @@ class Guest:
         spec = Specification(
             self.kernel, root, self.accelerator, self._memory, self._cpus, self._timeout, self._append
         )
-        if not self._boot(spec, last=False):
-            self._boot(spec, last=True)
+        for attempt in range(1, BOOT_ATTEMPTS + 1):
+            if self._boot(spec, last=attempt == BOOT_ATTEMPTS):
+                break
         if not self._has_vmcoreinfo:
             self._report(
                 "The guest's kernel has no qemu_fw_cfg: dumps and debuggers outside the guest will lack "
@@ -171,12 +174,11 @@ class Guest:
                 if not self._channel.closed:
                     raise self._machine.hang(BOOT_SECONDS)
                 error = self._machine.death()
-                # An emulated processor now and then dies over code that the other one is patching.
                 if last or not self._machine.crashed():
                     raise error
             except BaseException:
                 self._machine.close()
                 raise
             self._machine.close()
-        self._report(f"{error.sentence} Trying once more.")
+        self._report(f"{error.sentence} Trying again.")
         return False

@@ -68,8 +68,9 @@ def _read_pages(prog: drgn.Program, layout: Layout, pfns: U64) -> tuple[npt.NDAr
     size = layout.page.size
     out = np.zeros(len(pfns), dtype=layout.page_dtype)
     good = np.ones(len(pfns), dtype=bool)
-    # A page frame no memory can have would wrap around the address space.
-    limit = np.uint64((layout.physical_mask >> layout.page_shift) + 1)
+    # A page frame that no memory can have is damage, and its struct page may lie past the last address.
+    frames = (layout.physical_mask >> layout.page_shift) + 1
+    limit = np.uint64(min(frames, ((1 << 64) - layout.vmemmap) // size))
 
     def read_run(start: int, end: int) -> None:
         first = int(pfns[start])

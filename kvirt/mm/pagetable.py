@@ -56,7 +56,7 @@ class WalkTroubles:
     """What a walk could not follow."""
 
     unreadable: list[int] = field(default_factory=list)
-    """Virtual addresses at which a page table starts that could not be read."""
+    """Virtual addresses at which a page table starts that could not be read, or is its own ancestor."""
 
 
 def leaf_present(leaves: Leaves) -> Bool:
@@ -153,6 +153,8 @@ def for_each_leaf(
     tables = top.copy().reshape(1, _ENTRIES)
     tables[0, _ENTRIES // 2 :] = 0
     bases = np.zeros(1, dtype=np.uint64)
+    # Tables met so far. One that is met again below itself would multiply without end.
+    above = np.zeros(0, dtype=np.uint64)
     while True:
         entries, addresses = _children(tables, bases, level, shift)
         span = 1 << (shift + 9 * level)
@@ -167,6 +169,11 @@ def for_each_leaf(
         else:
             present = (entries & _PAGE_PRESENT) != 0
             entries, addresses = entries[present], addresses[present]
+        physical = entries & np.uint64(layout.physical_mask & ~(_TABLE_BYTES - 1))
+        looped = np.isin(physical, above)
+        troubles.unreadable += addresses[looped].tolist()
+        entries, addresses = entries[~looped], addresses[~looped]
+        above = np.concatenate((above, physical[~looped]))
         if level == 1:
             break
         if len(entries) == 0:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import tabulate
 from tabulate import DataRow, Line, TableFormat
 
+from kvirt.errors import printable
 from kvirt.findings import Finding, Report, Severity, TaskReport, VmaRow
 from kvirt.layout import Layout, Scheme
 from kvirt.mm.vma import displacement, permissions, vma_is_cow_mapping
@@ -25,11 +26,6 @@ _SCHEMES = {
     Scheme.VIRT_PGOFF: "anonymous folios are indexed by the VMA's virt pgoff",
     Scheme.LEGACY: "legacy: anonymous folios are indexed by vm_pgoff",
 }
-
-
-def printable(text: str) -> str:
-    """Show control and escape characters escaped: names come from other people's processes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def plural(number: int, noun: str) -> str:

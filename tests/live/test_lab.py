@@ -20,6 +20,8 @@ from kvirt.lab.kernels import get_kernel
 
 # A boot without KVM on a busy host.
 PATIENCE = 180
+# One processor: it cannot die over what another one does, as emulated ones now and then do.
+SMALL = ("--memory", "512M", "--cpus", "1")
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="Guests need root: run the tests with `make test`, which uses sudo."
@@ -150,7 +152,7 @@ def test_a_format_that_this_qemu_lacks_is_a_sentence_and_no_file(guest73, tmp_pa
 
 
 def small_guest(**options):
-    return Guest(get_kernel("7.3"), memory="512M", timeout=PATIENCE, **options)
+    return Guest(get_kernel("7.3"), memory="512M", cpus=1, timeout=PATIENCE, **options)
 
 
 # In guests of their own, from the command line.
@@ -159,7 +161,7 @@ def small_guest(**options):
 def test_the_command_line_passes_everything_through():
     before = runtime_directories()
     done = subprocess.run(
-        kvirt("lab", "run", "--memory", "512M", "--", "sh", "-c", "cat; echo err >&2; kill -9 $$"),
+        kvirt("lab", "run", *SMALL, "--", "sh", "-c", "cat; echo err >&2; kill -9 $$"),
         input="in\n",
         capture_output=True,
         text=True,
@@ -173,7 +175,7 @@ def test_the_command_line_passes_everything_through():
 
 def test_a_guest_that_takes_too_long_is_ended_and_its_console_shown():
     done = subprocess.run(
-        kvirt("lab", "run", "--memory", "512M", "--timeout", "6", "--", "sleep", "1000"),
+        kvirt("lab", "run", *SMALL, "--timeout", "6", "--", "sleep", "1000"),
         capture_output=True,
         text=True,
         check=False,
@@ -200,14 +202,14 @@ def test_a_guest_that_panics_says_so():
             guest.run(["true"])
 
 
-def test_a_kernel_that_cannot_find_its_root_dies_and_is_tried_twice():
+def test_a_kernel_that_cannot_find_its_root_dies_and_is_tried_again():
     said = []
     with (
         pytest.raises(GuestError, match="panicked: VFS: Unable to mount root"),
         small_guest(append="root=none", report=said.append),
     ):
         pytest.fail("it booted")
-    assert sum("Trying once more" in line for line in said) == 1
+    assert sum("Trying again" in line for line in said) == 2
 
 
 def test_what_qemu_refuses_is_said_in_its_words():
@@ -222,7 +224,7 @@ def test_what_qemu_refuses_is_said_in_its_words():
 def test_nothing_is_left_however_kvirt_ends(number):
     before = runtime_directories()
     child = subprocess.Popen(
-        kvirt("lab", "run", "--memory", "512M", "--", "sh", "-c", "echo up; exec sleep 1000"),
+        kvirt("lab", "run", *SMALL, "--", "sh", "-c", "echo up; exec sleep 1000"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -246,7 +248,7 @@ def test_nothing_is_left_however_kvirt_ends(number):
 def test_a_shell_works_on_a_terminal():
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, kvirt("lab", "shell", "--memory", "512M"))
+        os.execv(sys.executable, kvirt("lab", "shell", *SMALL))
     typed, seen = False, b""
     deadline = time.monotonic() + PATIENCE
     with contextlib.suppress(OSError):  # What reading a terminal gives at the end.

@@ -4,8 +4,8 @@
 import re
 
 from kvirt.findings import Severity
-from kvirt.layout import Scheme
 from kvirt.lab.workload.regions import expand
+from kvirt.layout import Scheme
 
 # Reachable without a kernel bug, and provoked by these processes on purpose: MADV_WIPEONFORK leaves
 # unfaulted memory displaced, and UFFDIO_COPY prepares an anon_vma in a shared mapping.

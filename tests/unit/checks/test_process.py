@@ -151,8 +151,10 @@ def test_lock_held_for_write_on_a_dump_makes_findings_transient():
     made_up = Process()
     made_up.changing(index_at(2), [word(0x1234)])
     made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "mmap_lock_count": 1})
-    [finding] = made_up.check(moves=False).findings
-    assert finding.severity is Severity.TRANSIENT
+    result = made_up.check(moves=False)
+    assert [finding.severity for finding in result.findings] == [Severity.TRANSIENT]
+    # And the process is not called consistent.
+    assert "mmap_lock is held for write" in result.incomplete[0]
 
 
 def test_lock_that_is_never_released_leaves_the_verdict_open():
@@ -216,4 +218,80 @@ def test_what_cannot_be_judged_is_counted():
         "migration entries": 1,
         "pages no VMA covers": 1,
     }
+    assert result.incomplete == [f"1 pages no VMA covers, the first at {START + 4 * 4096:#x}: worth a look"]
     assert (result.pages.present, result.pages.checked) == (2, 0)
+
+
+def test_lasting_damage_is_told_from_a_passing_one_beside_it():
+    made_up = Process()
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "map_count": 7})
+    end = VMA + LAYOUT.vma.offset("vm_end")
+    made_up.changing(end, [word(START + 5 * 4096), word(START + PAGES * 4096)])
+    severities = {f.message.split()[0]: f.severity for f in made_up.check().findings}
+    assert severities == {"mm->map_count": Severity.ERROR, "the": Severity.TRANSIENT}
+
+
+def test_tree_that_is_torn_in_every_reading_leaves_the_verdict_open():
+    made_up = Process()
+    dead = b"".join(word(w) for w in [LEAF, *leaf()[1:]])
+    sound = b"".join(word(w) for w in leaf())
+    made_up.changing(LEAF, [dead] * (process.TRIES + 1) + [sound])
+    result = made_up.check()
+    assert [f.severity for f in result.findings if f.id == "VMA-TREE"] != [Severity.ERROR]
+    assert any("some may be missing" in sentence for sentence in result.incomplete)
+
+
+def test_one_entry_that_keeps_changing_does_not_excuse_the_others():
+    made_up = Process()
+    made_up.changing(index_at(1), [word(0x1234)])
+    made_up.changing(index_at(2), [word(0x1234)])
+    entries = [word(PFN + 2 << 12 | TABLE), word(PFN + 2 << 12 | TABLE | 1 << 58)]
+    made_up.changing(0x202000 + 16, entries * 1000, physical=True)
+    lasting = [f for f in made_up.check().findings if f.severity is Severity.ERROR]
+    assert [f.address for f in lasting] == [START + 4096]
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_page_that_is_not_anonymous_in_anonymous_memory(moves):
+    made_up = Process()
+    for mapping in (0, ANON_VMA, ANON_VMA | 2):
+        made_up.memory.put_words(VMEMMAP + (PFN + 2) * 64, [0, 0, 0, mapping, 0x1234, 0, 0, 0])
+        result = made_up.check(moves)
+        assert result.pages.checked == PAGES - 1
+        [sentence] = result.incomplete
+        assert f"not anonymous, the first at {START + 2 * 4096:#x}" in sentence
+
+
+def test_garbage_that_is_read_once_leaves_nothing_behind():
+    made_up = Process()
+    sound = word(PFN + 2 << 12 | TABLE)
+    made_up.changing(0x202000 + 16, [word(0x0008000000000067), sound], physical=True)
+    result = made_up.check()
+    assert (result.findings, result.incomplete) == ([], [])
+
+
+def test_page_tables_that_cannot_be_read_do_not_hide_what_was_found():
+    made_up = Process()
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "pgd": 0xDEAD000000000000, "map_count": 7})
+    result = made_up.check(moves=False)
+    assert [f.id for f in result.findings] == ["VMA-TREE"]
+    assert "page tables cannot be read" in result.incomplete[0]
+
+
+def test_page_table_that_is_its_own_ancestor():
+    made_up = Process()
+    looped = 0x300000
+    made_up.memory.put_words(looped, [looped | TABLE] * 512, physical=True)
+    made_up.memory.put_words(PGD, [looped | TABLE, *[0] * 511])
+    result = made_up.check(moves=False)
+    assert result.pages.present == 0
+    assert "page tables cannot be read" in result.incomplete[0]
+
+
+def test_lock_of_a_first_fault_excuses_nothing_else():
+    made_up = Process()
+    made_up.memory.put_struct(LAYOUT.vma, VMA, {**made_up.vma, "vm_pgoff": 5})
+    locked = {"root": ANON_VMA, "parent": ANON_VMA, "refcount": 1, "rwsem_count": 1}
+    made_up.memory.put_struct(LAYOUT.anon_vma, ANON_VMA, locked)
+    [finding] = made_up.check(moves=False).findings
+    assert (finding.id, finding.severity) == ("VMA-PURE-ANON-PGOFF", Severity.ERROR)

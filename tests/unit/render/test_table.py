@@ -7,11 +7,12 @@ from pathlib import Path
 import drgn
 import pytest
 
+from kvirt.errors import printable
 from kvirt.findings import Finding, PageCounts, Report, Severity, TaskReport, VmaRow
 from kvirt.layout import Scheme
 from kvirt.mm.vma import Vma, vma_kind
 from kvirt.render.json import check_document, schema
-from kvirt.render.table import _short_count, check_table, printable, vmas_table
+from kvirt.render.table import _short_count, check_table, vmas_table
 from kvirt.target import Kind, Target
 from tests.unit.fake import make_layout
 

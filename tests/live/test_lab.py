@@ -47,8 +47,13 @@ def alive(pid):
         return False
 
 
-def runtime_directories():
-    return set(Path(tempfile.gettempdir()).glob("kvirt-guest-*"))
+@pytest.fixture
+def scratch(monkeypatch):
+    """A temporary directory for all kvirts of a test, of a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="kvirt-") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
 
 
 def wait_until(condition, limit=PATIENCE):
@@ -158,8 +163,7 @@ def small_guest(**options):
 # In guests of their own, from the command line.
 
 
-def test_the_command_line_passes_everything_through():
-    before = runtime_directories()
+def test_the_command_line_passes_everything_through(scratch):
     done = subprocess.run(
         kvirt("lab", "run", *SMALL, "--", "sh", "-c", "cat; echo err >&2; kill -9 $$"),
         input="in\n",
@@ -170,7 +174,7 @@ def test_the_command_line_passes_everything_through():
     assert done.returncode == 128 + signal.SIGKILL
     assert done.stdout == "in\n"
     assert done.stderr.endswith("err\n")
-    assert runtime_directories() <= before
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_guest_that_takes_too_long_is_ended_and_its_console_shown():
@@ -221,8 +225,7 @@ def test_what_qemu_refuses_is_said_in_its_words():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_however_kvirt_ends(number):
-    before = runtime_directories()
+def test_nothing_is_left_however_kvirt_ends(number, scratch):
     child = subprocess.Popen(
         kvirt("lab", "run", *SMALL, "--", "sh", "-c", "echo up; exec sleep 1000"),
         stdin=subprocess.DEVNULL,
@@ -238,11 +241,10 @@ def test_nothing_is_left_however_kvirt_ends(number):
         wait_until(lambda: not any(map(alive, started)), 10)
     if number == signal.SIGKILL:
         # Nobody could remove its directory; the next guest does.
-        left = runtime_directories() - before
-        assert len(left) == 1
+        (left,) = scratch.iterdir()
         with small_guest():
-            assert not left & runtime_directories()
-    assert runtime_directories() <= before
+            assert not left.exists()
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_shell_works_on_a_terminal():

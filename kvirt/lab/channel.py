@@ -30,6 +30,7 @@ class GuestProcess:
         self._pid: int | None = None
         self._status: int | None = None
         self._unwritten = 0
+        self._sink_error: OSError | None = None
         self._sinks = {"stdout": stdout, "stderr": stderr}
         self._output = {"stdout": bytearray(), "stderr": bytearray()}
         self._read = 0
@@ -97,7 +98,7 @@ class GuestProcess:
             data = message["data"].encode("latin-1")
             sink = self._sinks[event]
             if sink is not None:
-                sink(data)
+                self._pour(sink, data)
                 return
         with self._changed:
             match event:
@@ -116,13 +117,26 @@ class GuestProcess:
         with self._changed:
             self._changed.notify_all()
 
+    def _pour(self, sink: Sink, data: bytes) -> None:
+        if self._sink_error is None:
+            try:
+                sink(data)
+            except OSError as error:
+                # Not this thread's matter: the one that waits is told.
+                self._sink_error = error
+                self.wake()
+
     def _tell(self, op: str, **fields: object) -> None:
         if self._status is None:
             self._channel.send({"op": op, "id": self._number, **fields})
 
     def _until(self, done: Callable[[], bool], timeout: float | None) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: done() or self._channel.closed, timeout)
+            self._changed.wait_for(
+                lambda: done() or self._sink_error is not None or self._channel.closed, timeout
+            )
+            if self._sink_error is not None:
+                raise self._sink_error
             if done():
                 return
         if self._channel.closed:

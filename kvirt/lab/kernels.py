@@ -50,7 +50,8 @@ class Kernel:
         return cls(
             release=image_release(image),
             image=image.absolute(),
-            vmlinux=None if vmlinux is None else vmlinux.absolute(),
+            # Its directory is mounted in the guest, where a link might lead nowhere.
+            vmlinux=None if vmlinux is None else vmlinux.resolve(),
         )
 
 

@@ -65,6 +65,17 @@ def test_bytes_of_every_value_arrive(channel):
     assert got == data
 
 
+def test_who_waits_is_told_when_nobody_takes_the_output(channel):
+    def broken(data):
+        raise BrokenPipeError
+
+    process = channel.start(["sh", "-c", "while echo again; do :; done"], stdout=broken)
+    with pytest.raises(BrokenPipeError):
+        process.wait(10)
+    process.signal(signal.SIGKILL)
+    assert channel.start(["true"]).wait(10) == 0
+
+
 def test_a_missing_program_is_what_a_shell_says(channel):
     process = channel.start(["/no/such/program"])
     assert process.wait(10) == 127

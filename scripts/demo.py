@@ -64,10 +64,11 @@ def on_host(*argv, status=0, quiet=False):
     return done.stdout
 
 
-def in_guest(guest, *argv):
+def in_guest(guest, report, *argv):
     """Run kvirt in the guest, show it, and return its stdout."""
     words = ["kvirt", *map(str, argv)]
-    done = guest.run(["env", f"COLUMNS={WIDTH}", *words], timeout=PATIENCE)
+    with step(report, "Loading the kernel's types in the guest, which is slow without KVM"):
+        done = guest.run(["env", f"COLUMNS={WIDTH}", *words], timeout=PATIENCE)
     show(words, done.stderr + done.stdout, prompt="guest#")
     expect(done.returncode == 0, f"exit status {done.returncode}, not 0: {done.stderr}")
     return done.stdout
@@ -91,7 +92,7 @@ def demonstrate(guest, directory):
     vmlinux = guest.kernel.vmlinux
     say(f"A guest runs Linux {guest.kernel.release} ({guest.accelerator}). The workload fills its memory.")
     click.secho("guest# kvirt lab workload &", fg="green")
-    with step(report, "Waiting for the workload"):
+    with step(report, "Waiting for the workload", "workload"):
         workload = guest.popen(["kvirt", "lab", "workload"])
         line = workload.readline(PATIENCE)
     expect(line, f"the workload failed: {workload.stderr_text()}")
@@ -100,7 +101,7 @@ def demonstrate(guest, directory):
     click.echo(f"PID {pid}: {len(document['regions'])} regions with known page offsets")
 
     say("1. Live, inside the guest")
-    with step(report, "Loading the kernel's types in the guest, which is slow without KVM"):
+    with step(report, "Loading the kernel's types in the guest, which is slow without KVM", "check"):
         live = in_guest(guest, "check-pid", pid)
 
     say("2. From outside, while the guest runs")
@@ -131,8 +132,8 @@ def demonstrate(guest, directory):
     expect(not different, f"these readings differ from the live one: {', '.join(different)}")
     expect(live.startswith("CONSISTENT"), "a healthy process has errors")
     click.echo(
-        f"The three readings are the same to the letter, offsets of all VMAs included; the one page that was "
-        f"made wrong, at {at}, was found, and nothing else."
+        "The three readings are the same to the letter, offsets of all VMAs included.\n"
+        f"The one page that was made wrong, at {at}, was found, and nothing else."
     )
 
 

@@ -97,21 +97,27 @@ def root() -> None:
 @click.argument("patterns", nargs=-1)
 def prepare(patterns: tuple[str, ...]) -> None:
     """Fetch kernels and build the root, at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from kvirt.lab.kernels import get_kernel
     from kvirt.lab.progress import TerminalReport
     from kvirt.lab.root import get_root
 
     report = TerminalReport()
-    with ThreadPoolExecutor() as pool:
-        root_directory = pool.submit(get_root, report)
+    errors: list[BaseException] = []
+
+    def build_root() -> None:
         try:
-            for pattern in patterns or (defaults.KERNEL,):
-                click.echo(get_kernel(pattern, report).release)
-        finally:
-            root_directory.cancel()
-        root_directory.result()
+            get_root(report)
+        except BaseException as error:
+            errors.append(error)
+
+    # A daemon: when fetching fails or is interrupted, nobody waits for the root, whose builder ends too.
+    thread = threading.Thread(target=build_root, daemon=True)
+    thread.start()
+    for pattern in patterns or (defaults.KERNEL,):
+        click.echo(get_kernel(pattern, report).release)
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 @command.command(context_settings={"ignore_unknown_options": True})

@@ -41,7 +41,7 @@ def accelerator(image: Path, report: Report) -> str:
         except (OSError, ValueError):
             known = {}
         if known.get("boot") != boot:
-            with step(report, "Trying whether KVM runs a guest here"):
+            with step(report, "Trying whether KVM runs a guest here", "KVM"):
                 known = {"boot": boot, "accelerator": "kvm" if _runs(image) else "tcg"}
             verdict.write_text(json.dumps(known) + "\n")
             if known["accelerator"] == "tcg":

@@ -153,7 +153,7 @@ class Suite:
             (self._dir / part).mkdir(parents=True, exist_ok=True)
         Path(self._config["Dir::Etc::SourceList"]).write_text(suite_source(self.name).deb822())
         argv = [host.program("apt-get"), *self._options(), "-q", "--error-on=any", "update"]
-        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = host.run(argv)
         if done.returncode != 0:
             raise KvirtError(
                 f"apt could not fetch the package list of the Debian suite {self.name} "
@@ -163,13 +163,13 @@ class Suite:
     def names(self, prefix: str) -> list[str]:
         """Return the names of all packages that start with ``prefix``."""
         argv = [host.program("apt-cache"), *self._options(), "pkgnames", prefix]
-        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        done = host.run(argv)
         return sorted(done.stdout.split())
 
     def version(self, package: str) -> str:
         """Return the newest version of a package."""
         argv = [host.program("apt-cache"), *self._options(), "show", "--no-all-versions", package]
-        done = subprocess.run(argv, capture_output=True, text=True)
+        done = host.run(argv)
         match = re.search(r"^Version: (.+)$", done.stdout, re.MULTILINE)
         if match is None:
             raise KvirtError(f"apt knows no version of {package} in {self.name}: try again.")
@@ -207,8 +207,7 @@ class Suite:
 
 def settings(names: Sequence[str] = ("Acquire",)) -> list[str]:
     """Return the machine's apt settings under ``names``, for a tool that starts without them."""
-    argv = ["apt-config", "dump", "--no-empty", *names]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    done = host.run([host.program("apt-config"), "dump", "--no-empty", *names])
     # What describes index files is computed by apt, and may not be set from outside.
     return [line for line in done.stdout.splitlines() if "::IndexTargets::" not in line]
 

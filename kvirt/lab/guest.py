@@ -149,7 +149,7 @@ class Guest:
                 f"The dump {path} cannot be written ({error.strerror}): "
                 "name a file in a directory that exists."
             ) from error
-        with step(self._report, f"Dumping the guest's memory to {path}"), target:
+        with step(self._report, f"Dumping the guest's memory to {path}", "dump"), target:
             try:
                 vmcore.write(self._qmp, target, format)
             except (QmpError, OSError) as error:
@@ -162,7 +162,7 @@ class Guest:
     def _boot(self, spec: Specification, *, last: bool) -> bool:
         """Boot; False means that the guest died of what another try may be spared."""
         emulated = "" if spec.accelerator == "kvm" else ", emulated"
-        with step(self._report, f"Booting Linux {self.kernel.release}{emulated}"):
+        with step(self._report, f"Booting Linux {self.kernel.release}{emulated}", "boot"):
             self._machine = Machine(spec)
             try:
                 self._channel = Channel(self._machine.agent, self._machine.death)

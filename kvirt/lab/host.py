@@ -16,6 +16,7 @@ from kvirt.errors import KvirtError
 # The Debian package that has the program.
 PACKAGES = {
     "apt-cache": "apt",
+    "apt-config": "apt",
     "chroot": "coreutils",
     "apt-get": "apt",
     "depmod": "kmod",
@@ -68,6 +69,18 @@ def start(
         start_new_session=True,
         pass_fds=pass_fds,
         env=env,
+    )
+
+
+def run(argv: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, and return its output and status."""
+    child = start(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = child.communicate()
+    finally:
+        end(child)
+    return subprocess.CompletedProcess(
+        list(argv), child.returncode, out.decode(errors="replace"), err.decode(errors="replace")
     )
 
 

@@ -152,7 +152,7 @@ def _find(pattern: str, report: Report) -> Candidate:
         raise KvirtError(
             f"{pattern!r} is neither a kernel version such as {defaults.KERNEL} nor a file: name one of them."
         )
-    with step(report, f"Looking for Linux {pattern} in Debian") as detail:
+    with step(report, f"Looking for Linux {pattern} in Debian", "kernel") as detail:
         for name in SUITES:
             detail(name)
             suite = apt.Suite(name)
@@ -188,9 +188,9 @@ def _fetch(candidate: Candidate, report: Report) -> None:
         for package in packages:
             if package not in names:
                 continue  # Older kernels have the modules in the package of the image.
-            with step(report, f"Downloading {package}") as detail:
+            with step(report, f"Downloading {package}", "kernel: downloading") as detail:
                 files[package] = suite.download(package, download, detail)
-        with step(report, f"Unpacking Linux {release}") as detail:
+        with step(report, f"Unpacking Linux {release}", "kernel: unpacking") as detail:
             debug = files.pop(packages[-1])
             for file in files.values():
                 unpack(file, directory, release)
@@ -204,7 +204,7 @@ def _fetch(candidate: Candidate, report: Report) -> None:
 def unpack(package: Path, directory: Path, release: str) -> None:
     """Unpack the image and the modules of one package into ``directory``."""
     scratch = directory / "unpacked"
-    done = subprocess.run([host.program("dpkg-deb"), "-x", package, scratch], capture_output=True, text=True)
+    done = host.run([host.program("dpkg-deb"), "-x", package, scratch])
     if done.returncode != 0:
         raise KvirtError(f"{package.name} cannot be unpacked ({done.stderr.strip()}): try again.")
     modules = scratch / "usr" / "lib" / "modules" / release
@@ -255,8 +255,7 @@ def _index_modules(directory: Path, release: str) -> None:
     base = directory / "base" / "lib" / "modules"
     base.mkdir(parents=True)
     (base / release).symlink_to(directory / "modules")
-    argv = [host.program("depmod"), "-b", str(directory / "base"), release]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = host.run([host.program("depmod"), "-b", directory / "base", release])
     shutil.rmtree(directory / "base")
     if done.returncode != 0:
         raise KvirtError(f"depmod failed on Linux {release} ({done.stderr.strip()}): try again.")

@@ -79,8 +79,11 @@ class TerminalReport:
 
 
 @contextmanager
-def step(report: Report, title: str) -> Iterator[Callable[[str], None]]:
-    """Announce a step that takes a while; the block is given a function that shows a detail of it."""
+def step(report: Report, title: str, label: str) -> Iterator[Callable[[str], None]]:
+    """Announce a step that takes a while; the block is given a function that shows a detail of it.
+
+    :param label: What the live line calls it, where the steps under way share the width.
+    """
     started = time.monotonic()
     key = (threading.get_ident(), title)
     report(f"{title} ...")
@@ -88,10 +91,10 @@ def step(report: Report, title: str) -> Iterator[Callable[[str], None]]:
 
     def detail(text: str) -> None:
         if screen is not None:
-            screen.show(key, f"{title}: {text}", started)
+            screen.show(key, f"{label}: {text}", started)
 
     if screen is not None:
-        screen.show(key, title, started)
+        screen.show(key, label, started)
     try:
         yield detail
     finally:

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 import tempfile
 import tomllib
@@ -77,7 +77,7 @@ def get_root(report: Report = silent) -> Path:
 
 
 def _build(directory: Path, report: Report) -> None:
-    with step(report, f"Building the guest's root (Debian {SUITE})") as detail:
+    with step(report, f"Building the guest's root (Debian {SUITE})", "root") as detail:
         detail("mmdebstrap")
         _debootstrap(directory)
         for point in MOUNT_POINTS:
@@ -121,10 +121,10 @@ def _install_wheels(directory: Path, version: str) -> None:
     argv += ["--python-version", version, *requirements(), *BOUNDS]
     _run(argv, "pip", "this machine's pip configuration and the network")
     for tests in (directory / packages / "numpy").rglob("tests"):
-        _run(["rm", "-rf", str(tests)], "rm", "the cache directory")
+        shutil.rmtree(tests)
     compile_all = ["python3", "-m", "compileall", "-q", f"/{packages}"]
     # Not every file of a package is meant for this Python: what does not compile is not imported.
-    subprocess.run([host.program("chroot"), str(directory), *compile_all], capture_output=True, check=False)
+    host.run([host.program("chroot"), str(directory), *compile_all])
 
 
 def _run(argv: list[str], name: str, check: str) -> None:

@@ -113,7 +113,7 @@ def _struct(
 
 
 # include/linux/mm.h. Newer kernels also have them as enumerators, which are preferred.
-_VM_FLAG_BITS = {
+VM_FLAG_BITS = {
     "READ": 0,
     "WRITE": 1,
     "EXEC": 2,
@@ -126,8 +126,6 @@ _VM_FLAG_BITS = {
     "SEQ_READ": 15,
     "RAND_READ": 16,
     "HUGETLB": 22,
-    "WIPEONFORK": 25,
-    "MIXEDMAP": 28,
 }
 
 _PGOFF_MEMBER = re.compile(r"^(?:__)?vm_(virt|anon)_pgoff(_lo|_hi)?$")
@@ -196,7 +194,6 @@ class Layout:
     swap_types: SwapTypes
     shmem_ops: frozenset[int]
     """Addresses of the vm_operations_struct of shmem mappings."""
-    special_mapping_ops: frozenset[int]
     dontunmap_resets_pgoff: bool
     """mremap(MREMAP_DONTUNMAP) makes an emptied source natural again."""
     hugetlb_index_in_pages: bool
@@ -342,7 +339,7 @@ def _maple(prog: drgn.Program) -> MapleLayout:
 
 def _vm_flags(prog: drgn.Program) -> dict[str, int]:
     flags = {}
-    for name, bit in _VM_FLAG_BITS.items():
+    for name, bit in VM_FLAG_BITS.items():
         try:
             flags[name] = 1 << int(prog.constant(f"VMA_{name}_BIT").value_())
         except LookupError:
@@ -519,11 +516,6 @@ def read_layout(prog: drgn.Program) -> Layout:
         swap_types=SwapTypes(swap_type_names(max_swapfiles, _has_function(prog, "memory_failure"))),
         shmem_ops=frozenset(
             a for a in (_address(prog, n) for n in ("shmem_vm_ops", "shmem_anon_vm_ops")) if a is not None
-        ),
-        special_mapping_ops=frozenset(
-            a
-            for a in (_address(prog, n) for n in ("special_mapping_vmops", "legacy_special_mapping_vmops"))
-            if a is not None
         ),
         # Both came with the same change to copy_vma(), which was backported unevenly.
         dontunmap_resets_pgoff=copy_vma is None or "keep_source" in copy_vma,

@@ -97,6 +97,7 @@ def root() -> None:
 @click.argument("patterns", nargs=-1)
 def prepare(patterns: tuple[str, ...]) -> None:
     """Fetch kernels and build the root, at the same time."""
+    from kvirt.lab import host
     from kvirt.lab.kernels import get_kernel
     from kvirt.lab.progress import TerminalReport
     from kvirt.lab.root import get_root
@@ -110,12 +111,17 @@ def prepare(patterns: tuple[str, ...]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    # A daemon: when fetching fails or is interrupted, nobody waits for the root, whose builder ends too.
-    thread = threading.Thread(target=build_root, daemon=True)
+    thread = threading.Thread(target=build_root)
     thread.start()
-    for pattern in patterns or (defaults.KERNEL,):
-        click.echo(get_kernel(pattern, report).release)
-    thread.join()
+    try:
+        for pattern in patterns or (defaults.KERNEL,):
+            click.echo(get_kernel(pattern, report).release)
+        thread.join()
+    except BaseException:
+        # Nobody waits for the root then: its builder fails, and clears away what it has made.
+        host.end_all()
+        thread.join()
+        raise
     if errors:
         raise errors[0]
 

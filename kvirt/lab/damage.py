@@ -101,6 +101,28 @@ class Scene:
                         )
         raise KvirtError(f"The process has no {wanted}, which this damage needs: choose another one.")
 
+    def huge_page(self) -> Page:
+        """The first anonymous page that is mapped whole by an entry of the second level."""
+        for leaves in for_each_leaf(self.prog, self.layout, self.space.pgd, WalkTroubles()):
+            if leaves.level != 1:
+                continue
+            leaves = leaves.take(leaf_present(leaves) & ~leaf_special(leaves))
+            pfns = leaf_pfn(self.layout, leaves)
+            folios = read_folios(self.prog, self.layout, pfns)
+            for vma in self.vmas():
+                inside = (leaves.address >= vma.vm_start) & (leaves.address < vma.vm_end)
+                for i in np.flatnonzero(folios.is_anon() & inside).tolist():
+                    return Page(
+                        vma,
+                        int(leaves.address[i]),
+                        int(pfns[i]),
+                        int(folios.index[i]),
+                        int(folios.mapping[i]),
+                    )
+        raise KvirtError(
+            "The process maps no huge anonymous page, which this damage needs: choose another one."
+        )
+
     def _is_small_and_mapped_once(self, pfn: int) -> bool:
         page = drgn.Object(self.prog, "struct page", address=self.page_address(pfn))
         compound = page.member_("compound_info" if hasattr(page, "compound_info") else "compound_head")
@@ -361,6 +383,30 @@ def _folio_index(scene: Scene) -> Damaged:
         "FOLIO-INDEX",
         f"the folio at {page.address:#x} (page frame {page.pfn:#x}) is indexed {page.index + 1:#x} "
         f"instead of {page.index:#x}",
+        _range(page.vma),
+        page.address,
+    )
+
+
+@damage("FOLIO-INDEX/huge")
+def _folio_index_huge(scene: Scene) -> Damaged:
+    page = scene.huge_page()
+    scene.set_page(page.pfn, "index", page.index + 1)
+    return Damaged(
+        "FOLIO-INDEX",
+        f"the huge folio at {page.address:#x} is indexed {page.index + 1:#x} instead of {page.index:#x}",
+        _range(page.vma),
+        page.address,
+    )
+
+
+@damage("FOLIO-ANON-VMA/huge")
+def _folio_anon_vma_huge(scene: Scene) -> Damaged:
+    page = scene.huge_page()
+    scene.set_page(page.pfn, "mapping", scene.foreign_root(page.vma) | int(FOLIO_MAPPING_ANON))
+    return Damaged(
+        "FOLIO-ANON-VMA",
+        f"the huge folio at {page.address:#x} is on an anon_vma of another VMA",
         _range(page.vma),
         page.address,
     )

@@ -7,6 +7,8 @@ import contextlib
 import os
 import shutil
 import subprocess
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -25,9 +27,14 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
+    "unshare": "util-linux",
 }
 # A user's PATH often leaves these out, and depmod lives there.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+_children: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+_ending = threading.Event()
 
 
 def program(name: str) -> str:
@@ -51,17 +58,18 @@ def start(
     *,
     stdout: int | IO[bytes] | None = subprocess.DEVNULL,
     stderr: int | IO[bytes] | None = subprocess.DEVNULL,
-    parting_signal: str = "KILL",
     pass_fds: Sequence[int] = (),
     env: dict[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a child that gets ``parting_signal`` when this kvirt ends, however it ends.
+    """Start a child that is killed when this kvirt ends, however it ends.
 
     The child has its own session: Ctrl-C reaches kvirt alone, which then ends its children in order.
     setpriv sets the parent-death signal, so that no Python code runs between fork and exec.
     """
-    setpriv = [program("setpriv"), "--pdeathsig", parting_signal, "--"]
-    return subprocess.Popen(
+    if _ending.is_set():
+        raise KvirtError("kvirt has been interrupted: run it again.")
+    setpriv = [program("setpriv"), "--pdeathsig", "KILL", "--"]
+    child = subprocess.Popen(
         [*setpriv, *map(str, argv)],
         stdin=subprocess.DEVNULL,
         stdout=stdout,
@@ -70,6 +78,25 @@ def start(
         pass_fds=pass_fds,
         env=env,
     )
+    _children.add(child)
+    return child
+
+
+def family(argv: Sequence[str | Path]) -> list[str | Path]:
+    """Return the command that runs ``argv`` so that all it starts ends with it, where that is possible.
+
+    It is given a namespace of processes, which the kernel clears when its first one ends. A container may
+    not allow that.
+    """
+    unshare = [program("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    return [*unshare, "--", *argv] if run([*unshare, "--", "true"]).returncode == 0 else list(argv)
+
+
+def end_all() -> None:
+    """End all children, whatever thread waits for them, and let nobody start another."""
+    _ending.set()
+    for child in list(_children):
+        end(child, grace=0.2)
 
 
 def run(argv: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvirt.errors import KvirtError
@@ -70,7 +72,6 @@ def get_root(report: Report = silent) -> Path:
     host.require_root("Building the guest's root")
     with locked("root"):
         if not root.is_dir():
-            # One less, so that a directory owned by root's builder is renamed as a whole.
             with built(root) as directory:
                 _build(directory, report)
     return root
@@ -99,10 +100,12 @@ def _debootstrap(directory: Path) -> None:
     argv += ["--aptopt=Acquire::Languages none", "--aptopt=Acquire::Check-Valid-Until false"]
     # The guest never asks apt again.
     argv += ["--skip=cleanup/apt", '--customize-hook=rm -rf "$1"/var/lib/apt/lists/*']
-    with tempfile.NamedTemporaryFile("w", suffix=".sources") as sources:
-        sources.write(apt.suite_source(SUITE).deb822())
-        sources.flush()
-        _run([*argv, SUITE, str(directory), sources.name], "mmdebstrap", "the mirror and the network")
+    with tempfile.TemporaryDirectory(prefix="kvirt-root-") as scratch:
+        sources = Path(scratch) / "mirror.sources"
+        sources.write_text(apt.suite_source(SUITE).deb822())
+        argv += [SUITE, str(directory), str(sources)]
+        # It forks, and what it forks would outlive it. What it leaves in the temporary directory goes too.
+        _run(host.family(argv), "mmdebstrap", "the mirror and the network", {**os.environ, "TMPDIR": scratch})
 
 
 def _python_version(directory: Path) -> str:
@@ -127,17 +130,17 @@ def _install_wheels(directory: Path, version: str) -> None:
     host.run([host.program("chroot"), str(directory), *compile_all])
 
 
-def _run(argv: list[str], name: str, check: str) -> None:
+def _run(argv: Sequence[str | Path], name: str, check: str, env: dict[str, str] | None = None) -> None:
     with tempfile.TemporaryFile() as log:
-        child = host.start(argv, stdout=log, stderr=log, parting_signal="TERM")
+        child = host.start(argv, stdout=log, stderr=log, env=env)
         try:
             status = child.wait()
         finally:
-            host.end(child, grace=20)
+            host.end(child)
         if status != 0:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
             raise KvirtError(
                 f"{name} failed (exit status {status}) while the guest's root was built; check "
-                f"{check}. The command was: {shlex.join(argv)}\n" + "\n".join(lines[-8:])
+                f"{check}. The command was: {shlex.join(map(str, argv))}\n" + "\n".join(lines[-8:])
             )

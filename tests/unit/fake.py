@@ -9,7 +9,16 @@ from collections.abc import Mapping
 import drgn
 import numpy as np
 
-from kvirt.layout import Layout, MapleLayout, Member, Scheme, StructLayout, SwapTypes, swap_type_names
+from kvirt.layout import (
+    VM_FLAG_BITS,
+    Layout,
+    MapleLayout,
+    Member,
+    Scheme,
+    StructLayout,
+    SwapTypes,
+    swap_type_names,
+)
 
 VMEMMAP = 0xFFFFEA0000000000
 
@@ -39,22 +48,6 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
     members["anon_pgoff_hi"] = Member(84, 4)
     if scheme is Scheme.LEGACY:
         del members["anon_pgoff_lo"], members["anon_pgoff_hi"]
-    bits = {
-        "READ": 0,
-        "WRITE": 1,
-        "EXEC": 2,
-        "SHARED": 3,
-        "MAYWRITE": 5,
-        "MAYSHARE": 7,
-        "GROWSDOWN": 8,
-        "PFNMAP": 10,
-        "IO": 14,
-        "SEQ_READ": 15,
-        "RAND_READ": 16,
-        "HUGETLB": 22,
-        "WIPEONFORK": 25,
-        "MIXEDMAP": 28,
-    }
     page_dtype = np.dtype(
         {
             "names": ["flags", "compound", "mapping", "index", "mapcount"],
@@ -97,14 +90,13 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         compound_mask=compound_mask,
         # Sixteen and ten slots, as the kernel has them on 64 bits.
         maple=MapleLayout(32, slice(1, 16), slice(16, 32), 248, slice(1, 10), slice(10, 20), 240),
-        vm={name: 1 << bit for name, bit in bits.items()},
+        vm={name: 1 << bit for name, bit in VM_FLAG_BITS.items()},
         pg_hwpoison=1 << 20,
         zero_pfn=0x99,
         zero_pages=1,
         huge_zero_pfn_address=None,
         swap_types=SwapTypes(swap_type_names(24, True)),
         shmem_ops=frozenset({0xFFFFFFFF81000000}),
-        special_mapping_ops=frozenset({0xFFFFFFFF81000100}),
         dontunmap_resets_pgoff=True,
         hugetlb_index_in_pages=True,
     )

@@ -19,7 +19,9 @@ def test_every_invariant_is_explained():
         assert f"## {check.id}\n\n{check.says}\n\nSeverity: {check.severity}." in text
 
 
-@pytest.mark.parametrize("page", [TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))], ids=str)
+@pytest.mark.parametrize(
+    "page", [TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))], ids=lambda page: page.name
+)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / link).exists(), link

@@ -142,8 +142,7 @@ class ProcessChecker:
                 break
             again = self._reread(first)
             if again is None:
-                # Doubts stay: they are no accusation, and the verdict is open anyway.
-                transient |= suspects - set(first.doubts)
+                transient |= suspects
                 result.incomplete.append(
                     "what looked wrong could not be read again, because the process is exiting or changes "
                     "its mappings all the time: try again, or check a dump of the machine"

@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,11 +114,28 @@ def run(argv: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
 
 
 def end(child: subprocess.Popen[bytes], grace: float = 2) -> None:
-    """End a child: politely, then after ``grace`` seconds not."""
-    if child.poll() is None:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(grace)
-    if child.poll() is None:
-        child.kill()
-        child.wait()
+    """End a child and what it has started: politely, then after ``grace`` seconds not."""
+    if child.poll() is not None:
+        return
+    _signal_session(child, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    # Not reaped yet, so that its id stays its own until all of its session have got the last signal.
+    with contextlib.suppress(ChildProcessError):
+        while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+        _signal_session(child, signal.SIGKILL)
+    child.wait()
+    deadline = time.monotonic() + 1
+    while _signal_session(child, 0) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def _signal_session(child: subprocess.Popen[bytes], number: int) -> bool:
+    """Signal all processes of the child's session; False if there are none left."""
+    try:
+        os.killpg(child.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

@@ -50,7 +50,7 @@ def main() -> None:
     rounds = int(sys.argv[1])
     target = open_target()
     checker = ProcessChecker(target.prog, layout_of(target.prog), moves=True)
-    seen = {"checks": 0, "refused": 0, "findings": [], "incomplete": []}
+    seen = {"checks": 0, "refused": 0, "findings": [], "incomplete": [], "steady": []}
     worker = os.fork()
     if worker == 0:
         busy()
@@ -70,6 +70,9 @@ def main() -> None:
                 seen["findings"] += [(f.id, str(f.severity), f.message) for f in report.findings]
                 seen["incomplete"] += report.incomplete
             os.waitpid(child, 0)
+            # One that stands still is judged to the end, whatever goes on around it.
+            steady = check_task(checker, find_process(target.prog, 1))
+            seen["steady"].append([len(steady.findings), len(steady.incomplete), steady.pages.checked > 0])
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)

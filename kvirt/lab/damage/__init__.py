@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Damage for every invariant, laid over a dump: shows that a check finds what it is there to find.
+
+Each way to break an invariant is one function of a module here, registered with ``@damage``.
+"""
+
+from kvirt.lab.damage import chain, page, vma
+from kvirt.lab.damage.scene import DAMAGES, Damaged, Scene
+
+__all__ = ["DAMAGES", "Damaged", "Scene", "chain", "page", "vma"]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A process in a dump that is to be damaged, and how damage registers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import drgn
+import numpy as np
+
+from kvirt.errors import KvirtError
+from kvirt.lab.overlay import Overlay
+from kvirt.layout import Layout, Scheme, layout_of
+from kvirt.mm.address_space import AddressSpace, read_address_space
+from kvirt.mm.folio import read_folios
+from kvirt.mm.pagetable import WalkTroubles, for_each_leaf, leaf_pfn, leaf_present, leaf_special
+from kvirt.mm.vma import Vma
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """What was made up, and what must be found for it."""
+
+    id: str
+    description: str
+    """The made-up state, as a sentence."""
+    vma: tuple[int, int] | None = None
+    """Range of the VMA that the finding must name."""
+    address: int | None = None
+    """Address of the page that the finding must name."""
+    also: frozenset[str] = field(default_factory=frozenset)
+    """Invariants that are broken by the same damage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A small anonymous page that only one process maps."""
+
+    vma: Vma
+    address: int
+    pfn: int
+    index: int
+    mapping: int
+
+
+class Scene:
+    """A process in a dump, and the means to damage it."""
+
+    def __init__(self, prog: drgn.Program, mm: int, at: int | None = None) -> None:
+        """Look at a process.
+
+        :param mm: address of its ``struct mm_struct``
+        :param at: if given, the VMA that covers this address is the one to damage
+        """
+        self.prog = prog
+        self.layout: Layout = layout_of(prog)
+        self.overlay = Overlay(prog)
+        self.space: AddressSpace = read_address_space(prog, self.layout, mm)
+        self.at = at
+
+    def vmas(self) -> Iterator[Vma]:
+        """The VMAs that may be damaged."""
+        for vma in self.space.vmas():
+            if self.at is None or vma.vm_start <= self.at < vma.vm_end:
+                yield vma
+
+    def vma(self, wanted: str, fits: Callable[[Vma], bool]) -> Vma:
+        """The first VMA that fits.
+
+        :param wanted: what is looked for, for the error's sentence
+        """
+        for vma in self.vmas():
+            if fits(vma):
+                return vma
+        where = "the process" if self.at is None else f"the VMA at {self.at:#x}"
+        raise KvirtError(f"{where} has no {wanted}, which this damage needs: choose another one.")
+
+    def page(self, wanted: str, fits: Callable[[Vma], bool] = lambda vma: True) -> Page:
+        """The first small anonymous page, mapped once, in a VMA that fits."""
+        for vma in self.vmas():
+            if not vma.anon_vma or not fits(vma):
+                continue
+            addresses = np.arange(vma.vm_start, vma.vm_end, self.layout.page_size, dtype=np.uint64)
+            if self.at is not None:
+                addresses = addresses[addresses == self.at & ~(self.layout.page_size - 1)]
+            for leaves in for_each_leaf(self.prog, self.layout, self.space.pgd, WalkTroubles(), addresses):
+                if leaves.level:
+                    continue
+                leaves = leaves.take(leaf_present(leaves) & ~leaf_special(leaves))
+                pfns = leaf_pfn(self.layout, leaves)
+                folios = read_folios(self.prog, self.layout, pfns)
+                for i in np.flatnonzero(folios.is_anon()).tolist():
+                    if self._is_small_and_mapped_once(int(pfns[i])):
+                        return Page(
+                            vma,
+                            int(leaves.address[i]),
+                            int(pfns[i]),
+                            int(folios.index[i]),
+                            int(folios.mapping[i]),
+                        )
+        raise KvirtError(f"The process has no {wanted}, which this damage needs: choose another one.")
+
+    def huge_page(self) -> Page:
+        """The first anonymous page that is mapped whole by an entry of the second level."""
+        for leaves in for_each_leaf(self.prog, self.layout, self.space.pgd, WalkTroubles()):
+            if leaves.level != 1:
+                continue
+            leaves = leaves.take(leaf_present(leaves) & ~leaf_special(leaves))
+            pfns = leaf_pfn(self.layout, leaves)
+            folios = read_folios(self.prog, self.layout, pfns)
+            for vma in self.vmas():
+                inside = (leaves.address >= vma.vm_start) & (leaves.address < vma.vm_end)
+                for i in np.flatnonzero(folios.is_anon() & inside).tolist():
+                    return Page(
+                        vma,
+                        int(leaves.address[i]),
+                        int(pfns[i]),
+                        int(folios.index[i]),
+                        int(folios.mapping[i]),
+                    )
+        raise KvirtError(
+            "The process maps no huge anonymous page, which this damage needs: choose another one."
+        )
+
+    def _is_small_and_mapped_once(self, pfn: int) -> bool:
+        page = drgn.Object(self.prog, "struct page", address=self.page_address(pfn))
+        compound = page.member_("compound_info" if hasattr(page, "compound_info") else "compound_head")
+        head = 1 << int(self.prog["PG_head"].value_())
+        flags = self.layout.page.read(self.prog, self.page_address(pfn))["flags"]
+        # The stored count is one less than the number of mappings.
+        return not flags & head and not compound.value_() & 1 and page._mapcount.counter.value_() == 0
+
+    def page_address(self, pfn: int) -> int:
+        """Address of a struct page."""
+        return self.layout.vmemmap + pfn * self.layout.page.size
+
+    def set_page(self, pfn: int, member: str, value: int) -> None:
+        """Make up a member of a struct page."""
+        self._set(self.page_address(pfn) + self.layout.page.offset(member), value, 8)
+
+    def set_vma(self, vma: Vma, member: str, value: int) -> None:
+        """Make up a member of a struct vm_area_struct."""
+        where = self.layout.vma.members[member]
+        self._set(vma.address + where.offset, value, where.size)
+
+    def set_anon_vma(self, address: int, member: str, value: int) -> None:
+        """Make up a member of a struct anon_vma."""
+        where = self.layout.anon_vma.members[member]
+        self._set(address + where.offset, value, where.size)
+
+    def set_avc(self, address: int, member: str, value: int) -> None:
+        """Make up a member of a struct anon_vma_chain."""
+        where = self.layout.avc.members[member]
+        self._set(address + where.offset, value, where.size)
+
+    def set_mm(self, member: str, value: int) -> None:
+        """Make up a member of the struct mm_struct."""
+        where = self.layout.mm.members[member]
+        self._set(self.space.address + where.offset, value, where.size)
+
+    def _set(self, address: int, value: int, size: int) -> None:
+        self.overlay.write(address, value.to_bytes(size, "little"))
+
+    def set_index_base(self, vma: Vma, value: int) -> None:
+        """Make up the offset by which anonymous folios are indexed."""
+        if self.layout.scheme is Scheme.LEGACY:
+            self.set_vma(vma, "vm_pgoff", value)
+        else:
+            self.set_vma(vma, "anon_pgoff_lo", value & 0xFFFFFFFF)
+            self.set_vma(vma, "anon_pgoff_hi", value >> 32)
+
+    def foreign_root(self, vma: Vma) -> int:
+        """A root anon_vma of the process that has nothing to do with a VMA."""
+        chain = {link.anon_vma for link in self.space.chains[vma.address].links}
+        for address, anon_vma in self.space.anon_vmas.items():
+            if anon_vma.root == address and address not in chain:
+                return address
+        raise KvirtError("The process has no second anon_vma, which this damage needs: choose another one.")
+
+
+DAMAGES: dict[str, Callable[[Scene], Damaged]] = {}
+
+
+def damage(id: str) -> Callable[[Callable[[Scene], Damaged]], Callable[[Scene], Damaged]]:
+    """Register a way to break an invariant. A suffix after "/" names one of several ways."""
+
+    def register(make: Callable[[Scene], Damaged]) -> Callable[[Scene], Damaged]:
+        DAMAGES[id] = make
+        return make
+
+    return register
+
+
+def vma_range(vma: Vma) -> tuple[int, int]:
+    """Start and end of a VMA."""
+    return vma.vm_start, vma.vm_end
+
+
+def is_faulted(vma: Vma) -> bool:
+    """Whether the VMA has an anon_vma."""
+    return vma.anon_vma != 0

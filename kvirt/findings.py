@@ -49,8 +49,21 @@ class PageCounts:
     anon: int = 0
     """Of the checked: in anonymous folios, KSM left out."""
     checked: int = 0
+    verified: int = 0
+    """Of the anonymous: their index was compared with the VMA's offset (FOLIO-INDEX)."""
+    unverified: Counter[str] = field(default_factory=Counter)
+    """Pages that are or may be anonymous, and whose index was not compared, by reason; KSM's among them."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Pages and entries that were not judged, by reason; those not present are counted here too."""
+
+    def add(self, other: PageCounts) -> None:
+        """Add another process's."""
+        self.present += other.present
+        self.anon += other.anon
+        self.checked += other.checked
+        self.verified += other.verified
+        self.unverified += other.unverified
+        self.skipped += other.skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,35 +81,97 @@ class TaskReport:
 
     pid: int
     comm: str
+    vma_count: int = 0
     vmas: list[VmaRow] = field(default_factory=list)
+    """Its VMAs, if they were asked for."""
     pages: PageCounts = field(default_factory=PageCounts)
     findings: list[Finding] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
     """Sentences: what could not be checked, and why."""
+    gone: bool = False
+    """It exited or called exec while it was read, so that nothing is said of it."""
+
+
+# Findings, and sentences about what could not be checked, that a report keeps if not told otherwise.
+MAX_FINDINGS = 1000
 
 
 @dataclass(slots=True)
 class Report:
-    """Everything that one command found."""
+    """What one command found: of all processes the sums, of the findings the worst.
 
-    tasks: list[TaskReport] = field(default_factory=list)
+    What it keeps does not grow with the machine, so that each process can be forgotten once it is added.
+    """
+
+    max_findings: int = MAX_FINDINGS
+    processes: int = 0
+    vmas: int = 0
+    gone: int = 0
+    """Processes that exited or called exec while they were read."""
+    pages: PageCounts = field(default_factory=PageCounts)
+    counts: Counter[tuple[str, Severity]] = field(default_factory=Counter)
+    """All findings, by invariant and severity."""
+    incomplete: list[str] = field(default_factory=list)
+    """Sentences: what could not be checked, and why; the first *max_findings* of them."""
+    incomplete_count: int = 0
+    comms: dict[int, str] = field(default_factory=dict)
+    """Names of the processes that findings are kept of, by PID."""
+    _kept: dict[Severity, list[Finding]] = field(default_factory=lambda: {s: [] for s in Severity})
+
+    def add(self, task: TaskReport) -> None:
+        """Add what was found in one process."""
+        if task.gone:
+            self.gone += 1
+        else:
+            self.processes += 1
+        self.vmas += task.vma_count
+        self.pages.add(task.pages)
+        for finding in task.findings:
+            if self.note(finding):
+                self.comms[task.pid] = task.comm
+        for sentence in task.incomplete:
+            self.note_incomplete(sentence)
+
+    def note(self, finding: Finding) -> bool:
+        """Count a finding, and keep it if there is room; returns whether it was kept.
+
+        For a worse one room is made.
+        """
+        self.counts[finding.id, finding.severity] += 1
+        order = list(Severity)
+        if sum(map(len, self._kept.values())) >= self.max_findings:
+            lesser = order[order.index(finding.severity) + 1 :]
+            victims = next((self._kept[s] for s in reversed(lesser) if self._kept[s]), None)
+            if victims is None:
+                return False
+            victims.pop()
+        self._kept[finding.severity].append(finding)
+        return True
+
+    def note_incomplete(self, sentence: str) -> None:
+        """Count a sentence about what could not be checked, and keep it if there is room."""
+        self.incomplete_count += 1
+        if len(self.incomplete) < self.max_findings:
+            self.incomplete.append(sentence)
 
     def findings(self) -> list[Finding]:
-        """All findings, in the order of the processes."""
-        return [finding for task in self.tasks for finding in task.findings]
+        """The findings that were kept, the worst first."""
+        return [finding for severity in Severity for finding in self._kept[severity]]
 
-    def incomplete(self) -> list[str]:
-        """All sentences about what could not be checked."""
-        return [sentence for task in self.tasks for sentence in task.incomplete]
+    def omitted(self) -> Counter[tuple[str, Severity]]:
+        """How many were not kept, by invariant and severity."""
+        return self.counts - Counter((finding.id, finding.severity) for finding in self.findings())
 
     def summary(self) -> dict[Severity, int]:
-        """Findings by severity."""
-        counts = Counter(finding.severity for finding in self.findings())
-        return {severity: counts[severity] for severity in Severity}
+        """All findings by severity."""
+        out = dict.fromkeys(Severity, 0)
+        for (_, severity), number in self.counts.items():
+            out[severity] += number
+        return out
 
     def exit_status(self, strict: bool = False) -> int:
         """0 consistent, 1 an error (with *strict*, or a warning), 3 something could not be checked."""
         summary = self.summary()
         if summary[Severity.ERROR] or (strict and summary[Severity.WARNING]):
             return 1
-        return 3 if self.incomplete() else 0
+        return 3 if self.incomplete_count else 0

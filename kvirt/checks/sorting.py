@@ -34,6 +34,8 @@ NO_VMA = "pages no VMA covers"
 UNREADABLE = "pages whose struct page cannot be read"
 FOREIGN = "pages in anonymous memory that are not anonymous"
 DOUBTS = (NO_VMA, UNREADABLE, FOREIGN)
+# Present pages that are or may be anonymous, and whose index is not compared.
+UNVERIFIED = (KSM, HWPOISON, TEMPORARY_STACK, HUGETLB_UNITS, *DOUBTS)
 
 
 @dataclass(slots=True)
@@ -65,6 +67,8 @@ class Sorter:
             number = int(mask.sum())
             if number:
                 counts.skipped[reason] += number * size
+                if reason in UNVERIFIED:
+                    counts.unverified[reason] += number * size
 
         def skip_types(types: U64) -> None:
             for type_, number in zip(*np.unique(types, return_counts=True), strict=True):
@@ -110,6 +114,7 @@ class Sorter:
         doubts[FOREIGN] = leaves.take(foreign)
         keep = sound & ~foreign & ~bare
         counts.anon += int(anon.sum()) * size
+        counts.verified += int((anon & ~building & ~in_huge_units).sum()) * size
         counts.checked += int((keep & ~ksm & ~building & ~in_huge_units).sum()) * size
         leaves = leaves.take(keep)
         batch = PageBatch(

@@ -48,24 +48,35 @@ def list_vmas(checker: ProcessChecker, process: Process) -> tuple[AddressSpace, 
 
 
 def check_task(
-    checker: ProcessChecker, process: Process, progress: Callable[[int], None] = lambda pages: None
+    checker: ProcessChecker,
+    process: Process,
+    progress: Callable[[int], None] = lambda pages: None,
+    *,
+    rows: bool = True,
 ) -> TaskReport:
-    """Check one process. Whatever happens to it meanwhile is a sentence in the report."""
+    """Check one process. Whatever happens to it meanwhile is a sentence in the report.
+
+    :param progress: is told the number of pages seen since the last call
+    :param rows: whether to list the VMAs in the report
+    """
     report = TaskReport(process.pid, process.comm)
     who = f"PID {process.pid} ({process.comm})"
     fault = None
     try:
         result = checker.check(process.mm, progress)
-        report.vmas = vma_rows(checker.prog, result.space)
+        if rows:
+            report.vmas = vma_rows(checker.prog, result.space)
     except drgn.FaultError as error:
         fault = error
     if checker.moves and _is_gone(checker.prog, process):
         # Then freed memory was read, and nothing that was seen there counts.
         report.vmas = []
+        report.gone = True
         report.incomplete.append(f"{who} exited or called exec while it was read.")
     elif fault is not None:
         report.incomplete.append(f"{who}: its memory map cannot be read ({fault}).")
     else:
+        report.vma_count = sum(1 for vma in result.space.vmas() if vma.vm_mm == result.space.address)
         report.pages = result.pages
         report.findings = [replace(finding, pid=process.pid) for finding in result.findings]
         report.incomplete += [f"{who}: {sentence}." for sentence in result.incomplete]
@@ -73,7 +84,11 @@ def check_task(
 
 
 def _is_gone(prog: drgn.Program, process: Process) -> bool:
-    try:
-        return find_process(prog, process.pid).mm != process.mm
-    except KvirtError:
-        return True
+    """Whether no task that had the address space has it still."""
+    for pid in (process.pid, *process.others):
+        try:
+            if find_process(prog, pid).mm == process.mm:
+                return False
+        except KvirtError:
+            continue
+    return True

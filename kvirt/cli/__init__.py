@@ -19,6 +19,10 @@ from kvirt.errors import KvirtError, printable
 # Importing drgn and numpy costs more than all the rest: a command's module is imported by its name
 # here only when the command runs, and --help needs none of them.
 COMMANDS = {
+    "check-all": (
+        "kvirt.cli.check_all",
+        "Check every process: what share of anonymous pages is right.",
+    ),
     "check-pid": (
         "kvirt.cli.check_pid",
         "Check the page offsets of processes: VMAs, pages, verdict.",

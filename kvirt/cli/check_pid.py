@@ -7,8 +7,15 @@ import click
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
-from kvirt.cli.common import PID, format_option, open_kernel, page_progress
-from kvirt.errors import printable
+from kvirt.cli.common import (
+    PID,
+    format_option,
+    max_findings_option,
+    open_kernel,
+    page_progress,
+    say_incomplete,
+    strict_option,
+)
 from kvirt.findings import Report
 from kvirt.render.json import check_document
 from kvirt.render.table import check_table
@@ -18,10 +25,13 @@ from kvirt.tasks import find_process
 @click.command("check-pid")
 @click.argument("pids", metavar="PID...", type=PID, nargs=-1, required=True)
 @click.option("--vmas/--no-vmas", default=True, show_default=True, help="Print the table of VMAs too.")
-@click.option("--strict", is_flag=True, help="Exit with status 1 on warnings too.")
+@strict_option
+@max_findings_option
 @format_option
 @click.pass_context
-def command(ctx: click.Context, pids: tuple[int, ...], vmas: bool, strict: bool, format_: str) -> None:
+def command(
+    ctx: click.Context, pids: tuple[int, ...], vmas: bool, strict: bool, max_findings: int, format_: str
+) -> None:
     """Check the page offsets of processes.
 
     Every VMA's offsets, anon_vma and chain, and the folio of every page in the page tables, are checked
@@ -33,12 +43,15 @@ def command(ctx: click.Context, pids: tuple[int, ...], vmas: bool, strict: bool,
     target, layout = open_kernel(ctx)
     checker = ProcessChecker(target.prog, layout, moves=target.moves)
     processes = [find_process(target.prog, pid) for pid in pids]
+    report = Report(max_findings)
     with page_progress() as progress:
-        report = Report([check_task(checker, process, progress) for process in processes])
+        tasks = [check_task(checker, process, progress) for process in processes]
+    for task in tasks:
+        report.add(task)
     if format_ == "json":
-        click.echo(check_document(target, layout, report))
+        for piece in check_document(target, layout, report, tasks):
+            click.echo(piece, nl=False)
+        say_incomplete(report)
     else:
-        click.echo(check_table(target, layout, report, vmas=vmas))
-    for sentence in report.incomplete() if format_ == "json" else ():
-        click.echo(f"kvirt: {printable(sentence)}", err=True)
+        click.echo(check_table(target, layout, report, tasks, vmas=vmas))
     ctx.exit(report.exit_status(strict))

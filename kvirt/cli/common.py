@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 import click
 
+from kvirt.checks.machine import Progress
 from kvirt.cli import TargetOptions
+from kvirt.errors import printable
+from kvirt.findings import MAX_FINDINGS, Report
 from kvirt.layout import Layout, layout_of
 from kvirt.target import Target, open_target
 
@@ -30,6 +33,23 @@ def format_option(function: F) -> F:
         default="table",
         show_default=True,
         help="How to print the result.",
+    )(function)
+
+
+def strict_option(function: F) -> F:
+    """``--strict``."""
+    return click.option("--strict", is_flag=True, help="Exit with status 1 on warnings too.")(function)
+
+
+def max_findings_option(function: F) -> F:
+    """``--max-findings N``."""
+    return click.option(
+        "--max-findings",
+        type=click.IntRange(min=0),
+        metavar="N",
+        default=MAX_FINDINGS,
+        show_default=True,
+        help="List the worst N findings; all are counted.",
     )(function)
 
 
@@ -54,24 +74,77 @@ def busy(what: str) -> Iterator[None]:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
+def say_incomplete(report: Report) -> None:
+    """Say on stderr what could not be checked: a document's reader may not look for it."""
+    for sentence in report.incomplete:
+        click.echo(f"kvirt: {printable(sentence)}", err=True)
+
+
+class _Line:
+    """One line on the terminal that is written again a few times a second."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._began = time.monotonic()
+
+    def show(self, text: Callable[[float], str]) -> None:
+        """Write it, unless that was done just now.
+
+        :param text: of the seconds since the beginning
+        """
+        now = time.monotonic()
+        if now - self._last > 0.2:
+            self._last = now
+            click.echo(f"\r\x1b[K{text(max(now - self._began, 0.001))}", err=True, nl=False)
+
+    def wipe(self) -> None:
+        """Leave nothing behind."""
+        click.echo("\r\x1b[K", err=True, nl=False)
+
+
 @contextmanager
 def page_progress() -> Iterator[Callable[[int], None]]:
-    """Count pages on a terminal, a few times a second."""
+    """Count pages on a terminal."""
     if not sys.stderr.isatty():
         yield lambda pages: None
         return
-    total, last, began = 0, 0.0, time.monotonic()
+    line, total = _Line(), 0
 
     def count(pages: int) -> None:
-        nonlocal total, last
+        nonlocal total
         total += pages
-        now = time.monotonic()
-        if now - last > 0.2:
-            last = now
-            rate = total / max(now - began, 0.001)
-            click.echo(f"\r\x1b[K{total:,} pages, {rate:,.0f}/s", err=True, nl=False)
+        line.show(lambda seconds: f"{total:,} pages, {total / seconds:,.0f}/s")
 
     try:
         yield count
     finally:
-        click.echo("\r\x1b[K", err=True, nl=False)
+        line.wipe()
+
+
+BAR = 20
+
+
+def progress_text(progress: Progress, seconds: float) -> str:
+    """A bar, processes and pages, and how long it will take yet if the rest is like what was done."""
+    part = progress.done / max(progress.total, 1)
+    text = (
+        f"[{'#' * int(part * BAR):{BAR}}] {progress.done:,}/{progress.total:,} processes, "
+        f"{progress.pages:,} pages, {progress.pages / seconds:,.0f}/s"
+    )
+    if progress.done:
+        left = round(seconds / part - seconds)
+        text += f", {left // 60}:{left % 60:02} left"
+    return text
+
+
+@contextmanager
+def machine_progress() -> Iterator[Callable[[Progress], None]]:
+    """Show on a terminal how far the checking of a machine has come."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    line = _Line()
+    try:
+        yield lambda progress: line.show(lambda seconds: progress_text(progress, seconds))
+    finally:
+        line.wipe()

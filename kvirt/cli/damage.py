@@ -64,9 +64,12 @@ def command(ctx: click.Context, damage: str, pid: int, at: int | None, format_: 
     process = find_process(target.prog, pid)
     made = DAMAGES[damage](Scene(target.prog, process.mm, at))
     click.echo(f"made up: {made.description}; the dump is not changed", err=True)
-    report = Report([check_task(ProcessChecker(target.prog, layout, moves=False), process)])
+    task = check_task(ProcessChecker(target.prog, layout, moves=False), process)
+    report = Report()
+    report.add(task)
     if format_ == "json":
-        click.echo(check_document(target, layout, report))
+        for piece in check_document(target, layout, report, [task]):
+            click.echo(piece, nl=False)
     else:
-        click.echo(check_table(target, layout, report, vmas=False))
+        click.echo(check_table(target, layout, report, [task], vmas=False))
     ctx.exit(report.exit_status())

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from typing import Any
 
-from kvirt.findings import Finding, Report, TaskReport, VmaRow
+from kvirt.findings import Finding, PageCounts, Report, TaskReport, VmaRow
 from kvirt.layout import Layout
 from kvirt.mm.vma import displacement, permissions
 from kvirt.target import Target
@@ -63,38 +64,65 @@ def _finding(finding: Finding) -> dict[str, Any]:
     return out
 
 
+def _pages(pages: PageCounts) -> dict[str, Any]:
+    return {
+        "present": pages.present,
+        "anon": pages.anon,
+        "checked": pages.checked,
+        "verified": pages.verified,
+        "unverified": dict(sorted(pages.unverified.items())),
+        "skipped": dict(sorted(pages.skipped.items())),
+    }
+
+
 def _task(task: TaskReport) -> dict[str, Any]:
-    pages = task.pages
     return {
         "pid": task.pid,
         "comm": task.comm,
         "vmas": [_vma(row) for row in task.vmas],
-        "pages": {
-            "present": pages.present,
-            "anon": pages.anon,
-            "checked": pages.checked,
-            "skipped": dict(sorted(pages.skipped.items())),
-        },
+        "pages": _pages(task.pages),
     }
 
 
-def _dump(document: dict[str, Any]) -> str:
+def _dump(document: object) -> str:
     return json.dumps(document, indent=1)
 
 
-def check_document(target: Target, layout: Layout, report: Report) -> str:
-    """The document ``kvirt.check/1``."""
-    return _dump(
-        {
-            "schema": "kvirt.check/1",
-            "kernel": _kernel(layout),
-            "target": _target(target),
-            "tasks": [_task(task) for task in report.tasks],
-            "findings": [_finding(finding) for finding in report.findings()],
-            "incomplete": report.incomplete(),
-            "summary": {str(severity): n for severity, n in report.summary().items()},
-        }
-    )
+def _members(document: dict[str, Any]) -> str:
+    """The members of an object, without its braces."""
+    return _dump(document).removeprefix("{\n").removesuffix("\n}")
+
+
+def check_document(
+    target: Target, layout: Layout, report: Report, tasks: Iterable[TaskReport]
+) -> Iterator[str]:
+    """The document ``kvirt.check/1``, in pieces.
+
+    :param report: what *tasks* add up to; looked at only when these are at their end
+    :param tasks: written one after the other, so that no two need be kept
+    """
+    head = {"schema": "kvirt.check/1", "kernel": _kernel(layout), "target": _target(target)}
+    yield "{\n" + _members(head) + ',\n "tasks": ['
+    separator = "\n"
+    for task in tasks:
+        yield separator + textwrap.indent(_dump(_task(task)), "  ")
+        separator = ",\n"
+    omitted: dict[str, dict[str, int]] = {}
+    for (id_, severity), number in sorted(report.omitted().items()):
+        omitted.setdefault(id_, {})[str(severity)] = number
+    tail = {
+        "totals": {
+            "processes": report.processes,
+            "gone": report.gone,
+            "vmas": report.vmas,
+            "pages": _pages(report.pages),
+        },
+        "findings": [_finding(finding) for finding in report.findings()],
+        "omitted": omitted,
+        "incomplete": report.incomplete,
+        "summary": {str(severity): n for severity, n in report.summary().items()},
+    }
+    yield "\n ],\n" + _members(tail) + "\n}\n"
 
 
 def vmas_document(target: Target, layout: Layout, pid: int, comm: str, rows: Sequence[VmaRow]) -> str:

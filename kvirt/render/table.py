@@ -11,7 +11,7 @@ import tabulate
 from tabulate import DataRow, Line, TableFormat
 
 from kvirt.errors import printable
-from kvirt.findings import Finding, Report, Severity, TaskReport, VmaRow
+from kvirt.findings import Finding, PageCounts, Report, Severity, TaskReport, VmaRow
 from kvirt.layout import Layout, Scheme
 from kvirt.mm.vma import displacement, permissions, vma_is_cow_mapping
 from kvirt.target import Target
@@ -29,8 +29,8 @@ _SCHEMES = {
 
 
 def plural(number: int, noun: str) -> str:
-    """ "1 page", "2 pages" """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """ "1 page", "2 pages", "2 processes" """
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def terminal_width() -> int:
@@ -159,30 +159,72 @@ def _wrap(text: str, width: int, indent: str) -> str:
     return "\n".join(lines)
 
 
-def _findings(report: Report) -> str:
-    """All findings, the worst first."""
-    order = list(Severity)
+# Of findings of one invariant in one process, so many are told one by one.
+ALIKE_SHOWN = 3
+
+
+def _in_full(f: Finding) -> list[str]:
     indent = " " * 10
-    lines = []
-    for f in sorted(report.findings(), key=lambda f: order.index(f.severity)):
-        who = f"PID {f.pid}: " if f.pid is not None and len(report.tasks) > 1 else ""
-        text = _wrap(f"{who}{f.id}{_where(f)}: {f.message}", terminal_width() - len(indent), "")
-        first, *rest = text.splitlines()
-        lines.append(f"{f.severity.upper():{len(indent)}}{first}")
-        lines += [indent + line for line in rest]
-        if f.vma is not None and f.address is not None:
-            lines.append(f"{indent}in the VMA {f.vma[0]:x}-{f.vma[1]:x}")
-        if f.expected is not None and f.actual is not None:
-            lines.append(f"{indent}expected {f.expected:#x}, found {f.actual:#x}")
-    return "\n".join(lines)
+    text = _wrap(f"{f.id}{_where(f)}: {f.message}", terminal_width() - len(indent), "")
+    first, *rest = text.splitlines()
+    lines = [f"{f.severity.upper():{len(indent)}}{first}"]
+    lines += [indent + line for line in rest]
+    if f.vma is not None and f.address is not None:
+        lines.append(f"{indent}in the VMA {f.vma[0]:x}-{f.vma[1]:x}")
+    if f.expected is not None and f.actual is not None:
+        lines.append(f"{indent}expected {f.expected:#x}, found {f.actual:#x}")
+    return lines
+
+
+def _alike(findings: list[Finding]) -> list[str]:
+    """Findings of one invariant in one process: some in full, each of another VMA, and how many more."""
+    nth: Counter[tuple[int, int] | None] = Counter()
+    numbered = []
+    for f in findings:
+        numbered.append((nth[f.vma], f))
+        nth[f.vma] += 1
+    ordered = [f for _, f in sorted(numbered, key=lambda pair: pair[0])]
+    lines = [line for f in ordered[:ALIKE_SHOWN] for line in _in_full(f)]
+    more = ordered[ALIKE_SHOWN:]
+    if more:
+        text = f"and {len(more):,} more {more[0].id}"
+        ranges = sorted({f.vma for f in more if f.vma is not None})
+        if ranges:
+            text += f" in {plural(len(ranges), 'VMA')} between {ranges[0][0]:x} and {ranges[-1][1]:x}"
+        pages = sum(f.pages for f in more if f.address is not None)
+        if pages > len(more):
+            text += f", {pages:,} pages in all"
+        lines += [" " * 10 + line for line in _wrap(text, terminal_width() - 10, "").splitlines()]
+    return lines
+
+
+def _findings(report: Report) -> str:
+    """The findings by process and invariant, the worst first."""
+    processes: dict[int | None, dict[tuple[str, Severity], list[Finding]]] = {}
+    for f in report.findings():
+        processes.setdefault(f.pid, {}).setdefault((f.id, f.severity), []).append(f)
+    parts = []
+    for pid, groups in processes.items():
+        lines = [line for group in groups.values() for line in _alike(group)]
+        if report.processes > 1:
+            who = "Several processes" if pid is None else f"PID {pid} ({printable(report.comms[pid])})"
+            lines.insert(0, f"{who}:")
+        parts.append("\n".join(lines))
+    omitted = report.omitted()
+    if omitted:
+        what = ", ".join(f"{n:,} {id_} ({severity})" for (id_, severity), n in omitted.most_common())
+        number = plural(omitted.total(), "more finding")
+        text = f"{number}, counted and not listed: {what}; --max-findings lists more"
+        parts.append(_wrap(text, terminal_width(), "  "))
+    return ("\n\n" if report.processes > 1 else "\n").join(parts)
 
 
 def verdict(report: Report) -> str:
     """The answer, in one line."""
     summary = report.summary()
-    checked = sum(task.pages.checked for task in report.tasks)
-    vmas = sum(len(task.vmas) for task in report.tasks)
-    looked = f"{plural(vmas, 'VMA')} and {plural(checked, 'page')} checked"
+    looked = f"{plural(report.vmas, 'VMA')} and {plural(report.pages.checked, 'page')} checked"
+    if report.processes > 1:
+        looked = f"{report.processes:,} processes, {looked}"
     extra = [
         plural(summary[s], noun)
         for s, noun in ((Severity.WARNING, "warning"), (Severity.TRANSIENT, "transient finding"))
@@ -191,41 +233,84 @@ def verdict(report: Report) -> str:
     tail = f" ({', '.join(extra)})" if extra else ""
     if summary[Severity.ERROR]:
         return f"INCONSISTENT: {plural(summary[Severity.ERROR], 'error')}{tail}; {looked}."
-    if report.incomplete():
+    if report.incomplete_count:
         return f"INCOMPLETE: no error found, but not everything could be checked{tail}; {looked}."
     return f"CONSISTENT: no errors{tail}; {looked}."
+
+
+def _reasons(skipped: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in skipped.most_common())
+
+
+def _verified(pages: PageCounts) -> str:
+    """What share of the anonymous pages was verified; never rounded up to all of them."""
+    missing = pages.unverified.total()
+    seen = pages.verified + missing
+    if not seen:
+        return "anonymous pages: none were seen"
+    if not missing:
+        return f"anonymous pages: all {seen:,} verified"
+    permille = pages.verified * 1000 // seen
+    return (
+        f"anonymous pages: {permille // 10}.{permille % 10}% of {seen:,} verified; "
+        f"not verified: {_reasons(pages.unverified)}"
+    )
+
+
+def _pages(pages: PageCounts) -> list[str]:
+    lines = [
+        f"pages: {pages.present:,} present, of which {pages.checked:,} checked "
+        f"({pages.anon:,} of them anonymous)"
+    ]
+    if pages.skipped:
+        lines.append(f"skipped: {_reasons(pages.skipped)}")
+    return lines
 
 
 def _task(layout: Layout, task: TaskReport, vmas: bool) -> str:
     who = f"PID {task.pid} ({printable(task.comm)})"
     parts = []
     if task.vmas:
-        pages = task.pages
-        parts.append(f"{who}: {plural(len(task.vmas), 'VMA')}: {_kind_table(task)}")
-        parts.append(
-            f"pages: {pages.present:,} present, of which {pages.checked:,} checked "
-            f"({pages.anon:,} of them anonymous)"
-        )
-        if pages.skipped:
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in pages.skipped.most_common())
-            parts.append(f"skipped: {reasons}")
+        parts.append(f"{who}: {plural(task.vma_count, 'VMA')}: {_kind_table(task)}")
+        parts += _pages(task.pages)
+    parts += [printable(sentence) for sentence in task.incomplete]
     parts = [_wrap(part, terminal_width(), "  ") for part in parts]
-    parts += [_wrap(printable(sentence), terminal_width(), "  ") for sentence in task.incomplete]
     if vmas and task.vmas:
         marks = Counter(f.vma[0] for f in task.findings if f.vma is not None)
         parts.append("\n" + vma_table(layout, task.vmas, marks))
     return "\n".join(parts)
 
 
-def check_table(target: Target, layout: Layout, report: Report, *, vmas: bool = True) -> str:
-    """What ``check-pid`` prints."""
+def check_table(
+    target: Target, layout: Layout, report: Report, tasks: Sequence[TaskReport], *, vmas: bool = True
+) -> str:
+    """What ``check-pid`` prints.
+
+    :param report: what *tasks* add up to
+    """
     parts = [verdict(report), kernel_line(target, layout)]
-    if report.findings():
+    if report.findings() or report.omitted():
         parts.append("\n" + _findings(report))
-    parts += ["\n" + _task(layout, task, vmas) for task in report.tasks]
-    if vmas and sum(len(task.vmas) for task in report.tasks) > 40:
+    parts += ["\n" + _task(layout, task, vmas) for task in tasks]
+    if vmas and sum(len(task.vmas) for task in tasks) > 40:
         # The first line has scrolled away.
         parts.append("\n" + verdict(report))
+    return "\n".join(parts)
+
+
+def machine_table(target: Target, layout: Layout, report: Report) -> str:
+    """What ``check-all`` prints."""
+    lines = [_verified(report.pages), *_pages(report.pages)]
+    if report.gone:
+        lines.append(f"{plural(report.gone, 'more process')} exited while being read, and are not judged")
+    lines += [printable(sentence) for sentence in report.incomplete]
+    beyond = report.incomplete_count - len(report.incomplete)
+    if beyond:
+        lines.append(f"and {beyond:,} more like these; --max-findings lists more")
+    parts = [verdict(report), kernel_line(target, layout), ""]
+    parts += [_wrap(line, terminal_width(), "  ") for line in lines]
+    if report.findings() or report.omitted():
+        parts.append("\n" + _findings(report))
     return "\n".join(parts)
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The printed tables, to the letter."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import drgn
+import jsonschema
 import pytest
 
 from kvirt.errors import printable
@@ -84,16 +86,18 @@ def rows(layout):
     ]
 
 
-def report(layout):
-    task = TaskReport(42, "evil\x1b[2J", rows(layout))
-    task.pages = PageCounts(1234, 600, 1200, Counter({"KSM pages": 30, "zero pages": 4}))
-    return Report([task])
+def sound(layout):
+    listed = rows(layout)
+    task = TaskReport(42, "evil\x1b[2J", len(listed), listed)
+    skipped = Counter({"KSM pages": 30, "zero pages": 4})
+    task.pages = PageCounts(1234, 600, 1200, 600, Counter({"KSM pages": 30}), skipped)
+    return task
 
 
 def with_findings(layout):
-    result = report(layout)
+    task = sound(layout)
     start = 0x7F9AE3497000
-    result.tasks[0].findings = [
+    task.findings = [
         Finding("ANONVMA-IN-NONCOW", Severity.WARNING, "the VMA has an anon_vma, though nothing in it can be "
                 "copied on write", 42, (0x410000, 0x414000), None, 0, 0xFFFF888000005000),
         Finding("FOLIO-INDEX", Severity.ERROR, "page frame 0x1810e is indexed 0x7f9ae3489, and should be "
@@ -101,23 +105,32 @@ def with_findings(layout):
         Finding("VMA-TREE", Severity.ERROR, "mm->map_count is 7, and the tree holds 6 VMAs", 42,
                 expected=6, actual=7),
     ]  # fmt: skip
-    return result
+    return task
 
 
 def incomplete(layout):
-    result = report(layout)
-    result.tasks[0].incomplete = [
-        "PID 42 (evil): 3 page tables cannot be read, the first for address 0x1000."
-    ]
-    return result
+    task = sound(layout)
+    task.incomplete = ["PID 42 (evil): 3 page tables cannot be read, the first for address 0x1000."]
+    return task
+
+
+def report(*tasks, max_findings=1000):
+    out = Report(max_findings)
+    for task in tasks:
+        out.add(task)
+    return out
+
+
+def printed_check(task, **options):
+    return check_table(TARGET, make_layout(), report(task), [task], **options)
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("consistent", lambda: check_table(TARGET, make_layout(), report(make_layout()))),
-        ("findings", lambda: check_table(TARGET, make_layout(), with_findings(make_layout()))),
-        ("incomplete", lambda: check_table(TARGET, make_layout(), incomplete(make_layout()), vmas=False)),
+        ("consistent", lambda: printed_check(sound(make_layout()))),
+        ("findings", lambda: printed_check(with_findings(make_layout()))),
+        ("incomplete", lambda: printed_check(incomplete(make_layout()), vmas=False)),
         (
             "legacy",
             lambda: vmas_table(
@@ -149,26 +162,46 @@ def test_strangers_strings_are_escaped():
 
 def test_verdict_and_exit_status():
     layout = make_layout()
-    assert report(layout).exit_status() == 0
-    assert incomplete(layout).exit_status() == 3
-    assert with_findings(layout).exit_status() == 1
-    warning = report(layout)
-    warning.tasks[0].findings = [Finding("X", Severity.WARNING, "odd")]
-    assert warning.exit_status() == 0
-    assert warning.exit_status(strict=True) == 1
-    warning.tasks[0].findings = [Finding("X", Severity.TRANSIENT, "odd"), Finding("X", Severity.INFO, "odd")]
-    assert warning.exit_status(strict=True) == 0
+    assert report(sound(layout)).exit_status() == 0
+    assert report(incomplete(layout)).exit_status() == 3
+    assert report(sound(layout), with_findings(layout), incomplete(layout)).exit_status() == 1
+    odd = sound(layout)
+    odd.findings = [Finding("X", Severity.WARNING, "odd")]
+    assert report(odd).exit_status() == 0
+    assert report(odd).exit_status(strict=True) == 1
+    odd.findings = [Finding("X", Severity.TRANSIENT, "odd"), Finding("X", Severity.INFO, "odd")]
+    assert report(odd).exit_status(strict=True) == 0
 
 
-def test_documents_keep_their_schema():
-    import json
-
-    import jsonschema
-
+@pytest.mark.parametrize("tasks", [(), (sound,), (with_findings, incomplete, sound)])
+@pytest.mark.parametrize("max_findings", [0, 1000])
+def test_documents_keep_their_schema(tasks, max_findings):
     layout = make_layout()
-    for make in (report, with_findings, incomplete):
-        document = json.loads(check_document(TARGET, layout, make(layout)))
-        jsonschema.validate(document, schema("kvirt.check/1"))
+    result = Report(max_findings)
+
+    def added():
+        for make in tasks:
+            task = make(layout)
+            result.add(task)
+            yield task
+
+    text = "".join(check_document(TARGET, layout, result, added()))
+    document = json.loads(text)
+    jsonschema.validate(document, schema("kvirt.check/1"))
+    # In pieces or at once: the same.
+    assert text == json.dumps(document, indent=1).replace("[]", "[\n ]", not tasks) + "\n"
+    assert len(document["tasks"]) == document["totals"]["processes"] == len(tasks)
+    wrong = with_findings in tasks
+    assert document["summary"]["error"] == 2 * wrong
+    assert document["omitted"] == (
+        {
+            "ANONVMA-IN-NONCOW": {"warning": 1},
+            "FOLIO-INDEX": {"error": 1},
+            "VMA-TREE": {"error": 1},
+        }
+        if wrong and not max_findings
+        else {}
+    )
     document["findings"] = [{"id": "X"}]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document, schema("kvirt.check/1"))

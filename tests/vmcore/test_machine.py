@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Every process of a dump: none is missed, none accused, and the sums are those of the parts."""
+
+import json
+from collections import Counter
+
+import jsonschema
+import pytest
+from drgn.helpers.linux.pid import find_task, for_each_task
+
+from kvirt.checks.machine import MachineChecker
+from kvirt.findings import Report, Severity
+from kvirt.lab.overlay import Overlay
+from kvirt.layout import layout_of
+from kvirt.render.json import schema
+from kvirt.tasks import for_each_process
+
+
+@pytest.fixture(scope="module")
+def machine(dump):
+    """The whole dump by check-all's own code."""
+    target = dump.open()
+    report = Report()
+    checker = MachineChecker(target.prog, layout_of(target.prog), moves=False)
+    return report, list(checker.tasks(report, rows=True))
+
+
+def address_spaces(prog):
+    """What drgn's own helper finds: PIDs by mm."""
+    out = {}
+    for task in for_each_task(prog):
+        if task.mm and not task.flags.value_() & 0x00200000:
+            out.setdefault(task.mm.value_(), set()).add(task.pid.value_())
+    return out
+
+
+def test_every_address_space_is_found_once(dump):
+    prog = dump.open().prog
+    processes = for_each_process(prog, moves=False)
+    assert processes.troubles == []
+    assert processes.kernel_threads > 20
+    found = {p.mm: {p.pid, *p.others} for p in processes.found}
+    assert len(found) == len(processes.found)
+    assert found == address_spaces(prog)
+    pids = {process.pid for process in processes.found}
+    assert set(dump.processes().values()) <= pids
+    # The workload's threads are there, and are nobody's second process.
+    assert any(process.others for process in processes.found)
+
+
+def test_no_error_and_nothing_left_out(machine, dump):
+    report, tasks = machine
+    assert report.summary()[Severity.ERROR] == 0
+    assert report.incomplete == []
+    assert report.exit_status() == 0
+    assert {task.pid for task in tasks} >= {1, *dump.processes().values()}
+    assert report.gone == 0
+
+
+def test_the_sums_are_those_of_the_processes(machine, whole):
+    report, tasks = machine
+    assert {task.pid for task in tasks} == set(whole.reports)
+    for task in tasks:
+        alone = whole.reports[task.pid]
+        assert (task.vma_count, task.pages) == (alone.vma_count, alone.pages)
+        assert [row.vma.address for row in task.vmas] == [row.vma.address for row in alone.vmas]
+        assert task.findings == alone.findings
+    assert report.processes == len(tasks)
+    assert report.vmas == sum(len(task.vmas) for task in tasks)
+    assert report.pages.present == sum(task.pages.present for task in tasks)
+    assert report.pages.skipped == sum((task.pages.skipped for task in tasks), Counter())
+    assert report.counts == Counter((f.id, f.severity) for task in tasks for f in task.findings)
+
+
+def test_every_anonymous_page_is_verified(machine):
+    report, _ = machine
+    assert report.pages.verified == report.pages.anon > 10_000
+    assert not report.pages.unverified
+
+
+def test_check_all(dump, machine):
+    done = dump.kvirt("check-all")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("CONSISTENT: no errors")
+    assert f"{machine[0].processes} processes" in lines[0]
+    assert f"anonymous pages: all {machine[0].pages.verified:,} verified" in lines
+    assert max(len(line) for line in lines) <= 100
+    strict = dump.kvirt("check-all", "--strict", "--max-findings", 0)
+    assert strict.returncode == 1
+    assert "counted and not listed" in strict.stdout
+
+
+def test_document_of_all(dump, machine):
+    report, tasks = machine
+    done = dump.kvirt("check-all", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, schema("kvirt.check/1"))
+    assert [task["pid"] for task in document["tasks"]] == [task.pid for task in tasks]
+    assert [len(task["vmas"]) for task in document["tasks"]] == [task.vma_count for task in tasks]
+    assert document["totals"]["pages"]["verified"] == report.pages.verified
+    assert len(document["findings"]) == report.counts.total()
+    # What check-pid says of one process is what stands here.
+    alone = json.loads(dump.kvirt("check-pid", dump.pid, "--format", "json").stdout)
+    assert alone["tasks"] == [task for task in document["tasks"] if task["pid"] == dump.pid]
+
+
+def test_tasks_that_cannot_be_read_do_not_hide_the_others(dump):
+    target = dump.open()
+    before = for_each_process(target.prog, moves=False).found
+    threaded = next(process for process in before if process.others)
+    link = find_task(target.prog, threaded.pid).thread_pid.tasks[0].first.address_of_()
+    Overlay(target.prog).write(link.value_(), (0xDEAD000000000000).to_bytes(8, "little"))
+    processes = for_each_process(target.prog, moves=False)
+    # A thread stands for it now.
+    assert {process.mm for process in processes.found} == {process.mm for process in before}
+    [instead] = {process.pid for process in processes.found} - {process.pid for process in before}
+    assert instead in threaded.others
+    assert processes.troubles == [f"1 of its tasks cannot be read, the first that of PID {threaded.pid}"]
+    # While a kernel runs that is somebody who just left.
+    assert for_each_process(target.prog, moves=True).troubles == []
+
+
+@pytest.mark.parametrize("where", ["head", "node", "loop"])
+def test_damaged_table_of_pids(dump, where):
+    target = dump.open()
+    head = target.prog["init_pid_ns"].idr.idr_rt.xa_head
+    node = target.prog["init_pid_ns"].idr.idr_rt.xa_head.value_() & ~3
+    slots = target.prog.type("struct xa_node").member("slots").offset
+    wrong = {
+        "head": (head.address_of_().value_(), 0xDEAD000000000002),
+        "node": (node + slots + 8, 0xDEAD000000000002),
+        "loop": (node + slots + 8, node | 2),
+    }[where]
+    Overlay(target.prog).write(wrong[0], wrong[1].to_bytes(8, "little"))
+    report = MachineChecker(target.prog, layout_of(target.prog), moves=False).check()
+    assert report.summary()[Severity.ERROR] == 0
+    assert report.exit_status() == 3
+    assert any("processes may be missing" in sentence for sentence in report.incomplete)
+    # PID 1 lies in the first slot.
+    assert (report.processes == 0) == (where == "head")

@@ -16,8 +16,11 @@ MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
 
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 
-MADV_MERGEABLE, MADV_HUGEPAGE, MADV_DONTDUMP = 12, 14, 16
-MADV_WIPEONFORK, MADV_KEEPONFORK, MADV_GUARD_INSTALL = 18, 19, 102
+MADV_NORMAL, MADV_SEQUENTIAL, MADV_DONTNEED, MADV_FREE = 0, 2, 4, 8
+MADV_DONTFORK, MADV_DOFORK, MADV_MERGEABLE, MADV_UNMERGEABLE = 10, 11, 12, 13
+MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP = 14, 15, 16, 17
+MADV_WIPEONFORK, MADV_KEEPONFORK, MADV_COLD, MADV_PAGEOUT = 18, 19, 20, 21
+MADV_COLLAPSE, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE = 25, 102, 103
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, (1 << 64) - 1
@@ -52,6 +55,13 @@ _libc.mremap.argtypes = [
     ctypes.c_size_t,
     ctypes.c_int,
     ctypes.c_void_p,
+]
+_libc.pread.restype = _libc.pwrite.restype = ctypes.c_ssize_t
+_libc.pread.argtypes = _libc.pwrite.argtypes = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_long,
 ]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 _libc.ptrace.restype = ctypes.c_long
@@ -114,6 +124,18 @@ def store(address: int, size: int, value: int) -> None:
 def load(address: int) -> int:
     """Read the byte at an address."""
     return ctypes.string_at(address, 1)[0]
+
+
+def fill(address: int, size: int, fd: int, offset: int = 0) -> None:
+    """Write to memory from a file; where memory cannot be written it raises OSError, not a signal."""
+    if _libc.pread(fd, address, size, offset) < 0:
+        raise _fail("pread")
+
+
+def drain(address: int, size: int, fd: int, offset: int = 0) -> None:
+    """Read memory into a file; where memory cannot be read it raises OSError, not a signal."""
+    if _libc.pwrite(fd, address, size, offset) < 0:
+        raise _fail("pwrite")
 
 
 def rewrite_word(pid: int, address: int) -> None:

@@ -38,7 +38,9 @@ ip link set lo up 2>/dev/null
 hostname kvirt-guest
 
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin LANG=C.UTF-8 TERM=linux
-# The tree is read-only and used by the host's Python too.
+# The tree is read-only and used by the host's Python too. What is in the root has been compiled already.
+mkdir /tmp/pycache
+ln -s /usr/local/lib/pycache/usr /tmp/pycache/usr
 export PYTHONPATH=/kvirt PYTHONPYCACHEPREFIX=/tmp/pycache
 cd /root
 # Orphans are this shell's, which reaps them while it waits for the agent.

@@ -37,6 +37,8 @@ PACKAGES = (
 BOUNDS = ("numpy<2.4",)
 # Directories that the guest mounts something on; the root itself is never written to.
 MOUNT_POINTS = ("kvirt", "usr/lib/modules", "usr/lib/debug", "var/tmp")
+# Compiled Python of everything in the root; that of the tree is kept elsewhere, and written in the guest.
+PYCACHE = "usr/local/lib/pycache"
 # What nobody reads in a guest.
 UNWANTED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 
@@ -64,7 +66,7 @@ def requirements() -> list[str]:
 
 def get_root(report: Report = silent) -> Path:
     """Return the guest's root directory; build it if what it is made from has changed."""
-    recipe = [SUITE, PACKAGES, MOUNT_POINTS, UNWANTED, INIT, KVIRT, requirements(), BOUNDS]
+    recipe = [SUITE, PACKAGES, MOUNT_POINTS, PYCACHE, UNWANTED, INIT, KVIRT, requirements(), BOUNDS]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     root = cache_dir() / f"root-{SUITE}-{key}"
     if root.is_dir():
@@ -125,7 +127,9 @@ def _install_wheels(directory: Path, version: str) -> None:
     _run(argv, "pip", "this machine's pip configuration and the network")
     for tests in (directory / packages / "numpy").rglob("tests"):
         shutil.rmtree(tests)
-    compile_all = ["python3", "-m", "compileall", "-q", f"/{packages}"]
+    # Where guests look for it (init.sh); there they would compile all of it again after each boot.
+    compile_all = ["python3", "-X", f"pycache_prefix=/{PYCACHE}", "-m", "compileall", "-q"]
+    compile_all += [f"/{packages}", f"/usr/lib/python{version}"]
     # Not every file of a package is meant for this Python: what does not compile is not imported.
     host.run([host.program("chroot"), str(directory), *compile_all])
 

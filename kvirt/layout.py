@@ -154,6 +154,25 @@ class MapleLayout:
 
 
 @dataclass(frozen=True)
+class TreeLayout:
+    """An interval tree whose nodes are members of a structure; offsets in bytes."""
+
+    rb: int
+    """Of the ``struct rb_node`` in the structure."""
+    subtree_last: int
+    """Of ``rb_subtree_last`` in the structure."""
+    parent: int
+    """Of ``__rb_parent_color`` in ``struct rb_node``, and so on."""
+    left: int
+    right: int
+    root_node: int
+    """Of the top node's pointer in ``struct rb_root_cached``, and so on."""
+    root_leftmost: int
+    span: int
+    """Bytes from the node to the end of what belongs to it."""
+
+
+@dataclass(frozen=True)
 class SwapTypes:
     """How the swap types above MAX_SWAPFILES are used (include/linux/swap.h)."""
 
@@ -178,6 +197,12 @@ class Layout:
     mm: StructLayout
     avc: StructLayout
     anon_vma: StructLayout
+    anon_tree: TreeLayout
+    """``anon_vma->rb_root``, whose nodes are in AVCs."""
+    file_tree: TreeLayout
+    """``mapping->i_mmap``, whose nodes are in VMAs."""
+    file: StructLayout
+    mapping: StructLayout
     page: StructLayout
     page_dtype: np.dtype[np.void]
     compound_mask: bool
@@ -334,6 +359,26 @@ def _maple(prog: drgn.Program) -> MapleLayout:
         arange_pivots=words("ma64.pivot"),
         arange_slots=words("ma64.slot"),
         arange_meta_end=byte("ma64.meta.end"),
+    )
+
+
+def _tree(prog: drgn.Program, type_name: str, rb: str, subtree_last: str) -> TreeLayout:
+    owner = _struct(prog, type_name, {"rb": [rb], "last": [subtree_last]})
+    node = _struct(
+        prog,
+        "struct rb_node",
+        {"parent": ["__rb_parent_color"], "left": ["rb_left"], "right": ["rb_right"]},
+    )
+    root = _struct(prog, "struct rb_root_cached", {"node": ["rb_root.rb_node"], "leftmost": ["rb_leftmost"]})
+    return TreeLayout(
+        rb=owner.offset("rb"),
+        subtree_last=owner.offset("last"),
+        parent=node.offset("parent"),
+        left=node.offset("left"),
+        right=node.offset("right"),
+        root_node=root.offset("node"),
+        root_leftmost=root.offset("leftmost"),
+        span=owner.offset("last") - owner.offset("rb") + 8,
     )
 
 
@@ -496,13 +541,22 @@ def read_layout(prog: drgn.Program) -> Layout:
                 "root": ["root"],
                 "parent": ["parent"],
                 "refcount": ["refcount.refs.counter", "refcount.counter"],
-                "rb_root": ["rb_root.rb_root.rb_node"],
+                "rb_root": ["rb_root"],
             },
             {
                 "num_children": ["num_children"],
                 "num_active_vmas": ["num_active_vmas"],
                 "rwsem_count": ["rwsem.count.counter"],
             },
+        ),
+        anon_tree=_tree(prog, "struct anon_vma_chain", "rb", "rb_subtree_last"),
+        file_tree=_tree(prog, "struct vm_area_struct", "shared.rb", "shared.rb_subtree_last"),
+        file=_struct(prog, "struct file", {"f_mapping": ["f_mapping"]}),
+        mapping=_struct(
+            prog,
+            "struct address_space",
+            {"i_mmap": ["i_mmap"]},
+            {"rwsem_count": ["i_mmap_rwsem.count.counter"]},
         ),
         page=page,
         page_dtype=page_dtype,

@@ -11,18 +11,15 @@ from dataclasses import dataclass, field
 import drgn
 import numpy as np
 
+from kvirt.checks import patience
+from kvirt.checks.forest import FamilyViolation, Forest
 from kvirt.checks.registry import Check, Violation, VmaContext, VmaTable, all_checks
 from kvirt.checks.sorting import DOUBTS, Sorted, Sorter
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
 from kvirt.mm.pagetable import U64, WalkTroubles, for_each_leaf
-
-# What looks wrong is read this many times more, with this pause before each, in seconds.
-REREADS = 2
-PAUSE = 0.012
-# How often one re-read is tried until nobody changes the process meanwhile.
-TRIES = 8
+from kvirt.tasks import for_each_process
 
 # Entries of one process that are remembered one by one when they look wrong. Bounds memory when
 # everything is wrong.
@@ -107,8 +104,9 @@ class ProcessChecker:
         self.layout = layout
         self.moves = moves
         checks = all_checks(layout)
-        self._space_checks = [c for c in checks if c.page is None]
+        self._space_checks = [c for c in checks if c.mm is not None or c.vma is not None]
         self._page_checks = [c for c in checks if c.page is not None]
+        self._forest = Forest(prog, layout, checks, moves=moves)
 
     def check(self, mm: int, progress: Callable[[int], None] = lambda pages: None) -> ProcessResult:
         """Check one process.
@@ -122,6 +120,8 @@ class ProcessChecker:
         if space.mm_users == 0:
             result.incomplete.append("the process is exiting, and its VMAs are being taken apart")
             return result
+        # Before the pages, whose checks ask which trees are sound.
+        families, in_peace = self._forest.check(space)
         first = _Pass(space)
         self._check_space(first)
         self._check_pages(first, None, result.pages, progress)
@@ -129,7 +129,13 @@ class ProcessChecker:
         first.forget(key for key in transient if key in first.doubts)
         unsettled = space.unstable or (not self.moves and bool(space.write_locked))
         result.findings = list(self._space_findings(first, transient, unsettled))
+        result.findings += self._family_findings(space, families)
         result.findings += _page_findings(first.hits.values(), transient, unsettled)
+        if not in_peace:
+            result.incomplete.append(
+                "its anon_vmas were being changed all the time, so what looked wrong in them was not settled"
+                ": try again, or check a dump of the machine"
+            )
         self._note_troubles(first, result, unsettled)
         return result
 
@@ -137,7 +143,7 @@ class ProcessChecker:
         """Read again what looks wrong; returns the keys of what does not last."""
         suspects = first.suspects()
         transient: set[_Key] = set()
-        for _ in range(REREADS):
+        for _ in range(patience.REREADS):
             if not suspects:
                 break
             again = self._reread(first)
@@ -163,10 +169,10 @@ class ProcessChecker:
         """
         space = read_address_space(self.prog, self.layout, mm)
         if self.moves:
-            for _ in range(TRIES):
+            for _ in range(patience.TRIES):
                 if not space.write_locked and space.broken_tree is None:
                     break
-                time.sleep(PAUSE)
+                time.sleep(patience.PAUSE)
                 space = read_address_space(self.prog, self.layout, mm)
         return space
 
@@ -253,8 +259,8 @@ class ProcessChecker:
         Returns None if the process is gone or its mappings never stand still.
         """
         wanted = previous.addresses()
-        for _ in range(TRIES):
-            time.sleep(PAUSE)
+        for _ in range(patience.TRIES):
+            time.sleep(patience.PAUSE)
             try:
                 again = _Pass(self.read(previous.space.address))
                 if again.space.mm_users == 0:
@@ -333,6 +339,28 @@ class ProcessChecker:
                 severity,
                 violation.message,
                 vma=vma,
+                address=violation.address,
+                expected=violation.expected,
+                actual=violation.actual,
+            )
+
+    def _family_findings(self, space: AddressSpace, families: list[FamilyViolation]) -> Iterator[Finding]:
+        owners: dict[int, int] | None = None
+        for one in families:
+            violation, vma = one.violation, one.violation.vma
+            message, pid = violation.message, None
+            if vma is not None and vma.vm_mm != space.address:
+                if owners is None:
+                    owners = {p.mm: p.pid for p in for_each_process(self.prog, moves=self.moves).found}
+                pid = owners.get(vma.vm_mm)
+                if pid is None:
+                    message += f" (in the mm {vma.vm_mm:#x}, which no task has)"
+            yield Finding(
+                one.check.id,
+                one.severity,
+                message,
+                pid=pid,
+                vma=None if vma is None else (vma.vm_start, vma.vm_end),
                 address=violation.address,
                 expected=violation.expected,
                 actual=violation.actual,

@@ -14,6 +14,7 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.folio import Folios
+from kvirt.mm.forest import Family
 from kvirt.mm.pagetable import U64, Bool
 from kvirt.mm.rmap import AnonVma, Chain
 from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_pure_anon, vma_is_temporary_stack
@@ -21,7 +22,7 @@ from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_pure_anon, vma_is_tempo
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """What a check on an mm or a VMA objects to."""
+    """What a check on anything but pages objects to."""
 
     message: str
     expected: int | None = None
@@ -29,6 +30,8 @@ class Violation:
     address: int | None = None
     severity: Severity | None = None
     """Where it differs from the invariant's own."""
+    vma: Vma | None = None
+    """The VMA that it is about, where the check was not asked about one VMA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,7 @@ class PageViolations:
 MmRun = Callable[[AddressSpace], Iterator[Violation]]
 VmaRun = Callable[[VmaContext], Iterator[Violation]]
 PageRun = Callable[[PageBatch], PageViolations]
+FamilyRun = Callable[[Family], Iterator[Violation]]
 
 
 def _always(layout: Layout) -> bool:
@@ -152,6 +156,7 @@ class Check:
     mm: MmRun | None = None
     vma: VmaRun | None = None
     page: PageRun | None = None
+    family: FamilyRun | None = None
     message: str = ""
     """For checks on pages: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in."""
     alike: Callable[[int, int], int] = lambda expected, actual: 0
@@ -204,6 +209,23 @@ def vma_check(
     return register
 
 
+def family_check(
+    id: str,
+    severity: Severity,
+    *,
+    says: str,
+    relied_on: str,
+    applies: Callable[[Layout], bool] = _always,
+) -> Callable[[FamilyRun], FamilyRun]:
+    """Register an invariant of a family of anon_vmas and their trees."""
+
+    def register(run: FamilyRun) -> FamilyRun:
+        _register(Check(id, severity, says, relied_on, applies, family=run))
+        return run
+
+    return register
+
+
 def page_check(
     id: str,
     severity: Severity,
@@ -229,6 +251,6 @@ def page_check(
 
 def all_checks(layout: Layout) -> list[Check]:
     """The invariants that this kernel must keep."""
-    for module in ("vma", "chain", "page"):
+    for module in ("vma", "chain", "tree", "page"):
         importlib.import_module(f"kvirt.checks.{module}")
     return [check for check in CHECKS.values() if check.applies(layout)]

@@ -78,7 +78,7 @@ def check_task(
     else:
         report.vma_count = sum(1 for vma in result.space.vmas() if vma.vm_mm == result.space.address)
         report.pages = result.pages
-        report.findings = [replace(finding, pid=process.pid) for finding in result.findings]
+        report.findings = [f if f.pid is not None else replace(f, pid=process.pid) for f in result.findings]
         report.incomplete += [f"{who}: {sentence}." for sentence in result.incomplete]
     return report
 

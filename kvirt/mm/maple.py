@@ -99,3 +99,27 @@ def mt_for_each(prog: drgn.Program, layout: Layout, ma_root: int) -> Iterator[tu
                 children.append((slot, first, last, depth + 1))
             first = last + 1
         stack += reversed(children)
+
+
+def mtree_load(prog: drgn.Program, layout: Layout, ma_root: int, index: int) -> int:
+    """The entry at an index of a maple tree, 0 if there is none (lib/maple_tree.c).
+
+    :param ma_root: value of ``mt->ma_root``
+    :raises MapleError: if the tree cannot be followed to there
+    """
+    if not _is_node(ma_root):
+        return ma_root if index == 0 else 0
+    entry, high = ma_root, _ULONG_MAX
+    for _ in range(_HEIGHT_MAX):
+        if entry & ~_NODE_MASK == 0:
+            raise MapleError("a maple node has an empty slot where a node should be")
+        pivots, slots, leaf = _node(prog, layout, entry, high)
+        for slot, last in zip(slots, [*pivots, high], strict=True):
+            if index <= last:
+                entry, high = slot, last
+                break
+        else:
+            return 0
+        if leaf:
+            return 0 if entry == _XA_ZERO_ENTRY else entry
+    raise MapleError("the maple tree is deeper than any")

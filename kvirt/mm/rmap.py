@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import drgn
 
 from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
+from kvirt.mm.interval_tree import RbNode, Root, decode_node, decode_root
 from kvirt.mm.vma import Vma
 
 # A chain is as long as the process is deep in forks. No kernel gets near; a damaged list may.
@@ -22,7 +23,7 @@ class AnonVma:
     root: int
     parent: int
     refcount: int
-    rb_root: int
+    tree: Root
     num_children: int | None
     num_active_vmas: int | None
     write_locked: bool | None
@@ -36,6 +37,10 @@ class AnonVmaChain:
     address: int
     vma: int
     anon_vma: int
+    same_vma_next: int
+    same_vma_prev: int
+    rb: RbNode = field(compare=False)
+    """Its place in the tree of the anon_vma, which other processes change too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +57,35 @@ def read_anon_vma(prog: drgn.Program, layout: Layout, address: int) -> AnonVma:
 
     :raises drgn.FaultError: if it cannot be read
     """
-    m = layout.anon_vma.read(prog, address)
+    data = prog.read(address, layout.anon_vma.size)
+    m = layout.anon_vma.decode(data)
     count = m.get("rwsem_count")
     return AnonVma(
         address,
         m["root"],
         m["parent"],
         m["refcount"],
-        m["rb_root"],
+        decode_root(layout.anon_tree, data, layout.anon_vma.offset("rb_root")),
         m.get("num_children"),
         m.get("num_active_vmas"),
         None if count is None else bool(count & RWSEM_WRITER_LOCKED),
+    )
+
+
+def read_avc(prog: drgn.Program, layout: Layout, address: int) -> AnonVmaChain:
+    """Read a ``struct anon_vma_chain`` with one read.
+
+    :raises drgn.FaultError: if it cannot be read
+    """
+    data = prog.read(address, layout.avc.size)
+    m = layout.avc.decode(data)
+    return AnonVmaChain(
+        address,
+        m["vma"],
+        m["anon_vma"],
+        m["same_vma_next"],
+        m["same_vma_prev"],
+        decode_node(layout.anon_tree, data, layout.anon_tree.rb),
     )
 
 
@@ -80,18 +103,18 @@ def for_each_avc(prog: drgn.Program, layout: Layout, vma: Vma) -> Chain:
             return Chain(tuple(links), f"the chain has more than {CHAIN_MAX} links")
         seen.add(node)
         try:
-            m = layout.avc.read(prog, max(node - link_offset, 0))
+            link = read_avc(prog, layout, max(node - link_offset, 0))
         except drgn.FaultError:
             return Chain(tuple(links), f"the chain leads to {node:#x}, which cannot be read")
-        if m["same_vma_prev"] != previous:
+        if link.same_vma_prev != previous:
             # Not a link of this list: either damage, or memory that was freed meanwhile.
             return Chain(
                 tuple(links),
-                f"the link at {node - link_offset:#x} points back to {m['same_vma_prev']:#x} "
+                f"the link at {link.address:#x} points back to {link.same_vma_prev:#x} "
                 f"instead of {previous:#x}",
             )
-        links.append(AnonVmaChain(node - link_offset, m["vma"], m["anon_vma"]))
-        previous, node = node, m["same_vma_next"]
+        links.append(link)
+        previous, node = node, link.same_vma_next
     if vma.chain_prev != previous:
         return Chain(
             tuple(links),

@@ -17,6 +17,7 @@ from kvirt.layout import (
     Scheme,
     StructLayout,
     SwapTypes,
+    TreeLayout,
     swap_type_names,
 )
 
@@ -69,7 +70,7 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         pgtable_levels=levels,
         physical_mask=(1 << 52) - 1,
         vmemmap=VMEMMAP,
-        vma=StructLayout("struct vm_area_struct", 96, members),
+        vma=StructLayout("struct vm_area_struct", 128, members),
         mm=_layout(
             "struct mm_struct",
             80,
@@ -83,8 +84,22 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
             flags=56,
             mmap_lock_count=64,
         ),
-        avc=_layout("struct anon_vma_chain", 32, vma=0, anon_vma=8, same_vma_next=16, same_vma_prev=24),
-        anon_vma=_layout("struct anon_vma", 56, root=0, parent=8, refcount=16, rb_root=24, rwsem_count=32),
+        avc=_layout("struct anon_vma_chain", 64, vma=0, anon_vma=8, same_vma_next=16, same_vma_prev=24),
+        anon_vma=StructLayout(
+            "struct anon_vma",
+            56,
+            {
+                "root": Member(0, 8),
+                "parent": Member(8, 8),
+                "refcount": Member(16, 8),
+                "rb_root": Member(24, 16),
+                "rwsem_count": Member(40, 8),
+            },
+        ),
+        anon_tree=TreeLayout(32, 56, 0, 8, 16, 0, 8, 32),
+        file_tree=TreeLayout(96, 120, 0, 8, 16, 0, 8, 32),
+        file=_layout("struct file", 8, f_mapping=0),
+        mapping=_layout("struct address_space", 24, i_mmap=0, rwsem_count=16),
         page=page,
         page_dtype=page_dtype,
         compound_mask=compound_mask,

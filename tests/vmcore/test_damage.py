@@ -12,9 +12,6 @@ from kvirt.lab.damage import DAMAGES, Scene
 from kvirt.layout import layout_of
 from kvirt.tasks import find_process
 
-# The process of the workload that has what the damage needs, where it is not the main one.
-SCENES = {"ANON-VMA-ROOT": "chain-2"}
-
 
 def applies(name, layout):
     return name.partition("/")[0] in {check.id for check in all_checks(layout)}
@@ -26,14 +23,18 @@ def test_damage_is_found(dump, whole, name):
         pytest.skip(f"{name} means nothing under the scheme {whole.layout.scheme} of this kernel.")
     target = dump.open()
     checker = ProcessChecker(target.prog, layout_of(target.prog), moves=False)
-    pid = dump.processes().get(SCENES.get(name, ""), dump.pid)
-    process = find_process(target.prog, pid)
-    try:
-        made = DAMAGES[name](Scene(target.prog, process.mm))
-    except KvirtError as error:
-        if name == "FOLIO-INDEX/file-offset" and whole.layout.scheme == "legacy":
-            pytest.skip("A legacy kernel indexes by the file offset, and is right to.")
-        raise AssertionError(f"{name} could not be made up: {error}") from error
+    if name == "FOLIO-INDEX/file-offset" and whole.layout.scheme == "legacy":
+        pytest.skip("A legacy kernel indexes by the file offset, and is right to.")
+    # The first process of the workload that has what the damage needs.
+    for pid in [dump.pid, *dump.processes().values()]:
+        process = find_process(target.prog, pid)
+        try:
+            made = DAMAGES[name](Scene(target.prog, process.mm))
+            break
+        except KvirtError as error:
+            why = str(error)
+    else:
+        raise AssertionError(f"{name} could not be made up: {why}")
     before = {(f.id, f.vma, f.address) for f in whole.reports[pid].findings}
     new = [f for f in check_task(checker, process).findings if (f.id, f.vma, f.address) not in before]
     found = [f for f in new if f.id == made.id]

@@ -22,7 +22,7 @@ def _avc_empty(scene: Scene) -> Damaged:
         "AVC-EMPTY",
         f"anon_vma of the VMA at {vma.vm_start:#x} is NULL, its chain is not empty",
         vma_range(vma),
-        also=frozenset({"FOLIO-ANON-VMA"}),
+        also=frozenset({"FOLIO-ANON-VMA", "ANON-VMA-ACTIVE"}),
     )
 
 
@@ -36,7 +36,7 @@ def _avc_empty_chain(scene: Scene) -> Damaged:
         "AVC-EMPTY",
         f"the chain of the VMA at {vma.vm_start:#x} is empty, anon_vma is not NULL",
         vma_range(vma),
-        also=frozenset({"FOLIO-ANON-VMA"}),
+        also=frozenset({"FOLIO-ANON-VMA", "AVC-IN-TREE"}),
     )
 
 
@@ -46,7 +46,12 @@ def _avc_self(scene: Scene) -> Damaged:
     other = next(v for v in scene.space.vmas() if v.address != vma.address)
     link = scene.space.chains[vma.address].links[0]
     scene.set_avc(link.address, "vma", other.address)
-    return Damaged("AVC-SELF", f"a link of the chain at {vma.vm_start:#x} names another VMA", vma_range(vma))
+    return Damaged(
+        "AVC-SELF",
+        f"a link of the chain at {vma.vm_start:#x} names another VMA",
+        vma_range(vma),
+        also=frozenset({"AVC-TREE-SUBTREE-LAST", "ANON-VMA-TREE-KEY"}),
+    )
 
 
 @damage("AVC-SELF/loop")
@@ -94,5 +99,8 @@ def _parent_in_chain(scene: Scene) -> Damaged:
     vma = scene.vma("faulted VMA", is_faulted)
     scene.set_anon_vma(vma.anon_vma, "parent", scene.foreign_root(vma))
     return Damaged(
-        "PARENT-IN-CHAIN", f"the anon_vma {vma.anon_vma:#x} has a stranger as parent", vma_range(vma)
+        "PARENT-IN-CHAIN",
+        f"the anon_vma {vma.anon_vma:#x} has a stranger as parent",
+        vma_range(vma),
+        also=frozenset({"ANON-VMA-CHILDREN"}),
     )

@@ -159,6 +159,10 @@ class Scene:
         where = self.layout.mm.members[member]
         self._set(self.space.address + where.offset, value, where.size)
 
+    def set_word(self, address: int, value: int) -> None:
+        """Make up eight bytes of kernel memory."""
+        self._set(address, value, 8)
+
     def _set(self, address: int, value: int, size: int) -> None:
         self.overlay.write(address, value.to_bytes(size, "little"))
 

@@ -79,7 +79,7 @@ def _no_wrap(scene: Scene) -> Damaged:
         "VMA-NO-WRAP",
         f"the upper half of the anonymous offset at {vma.vm_start:#x} has all bits set",
         vma_range(vma),
-        also=frozenset({"FOLIO-INDEX"}),
+        also=frozenset({"FOLIO-INDEX", "ANON-VMA-TREE-KEY", "AVC-TREE-SUBTREE-LAST", "FOLIO-RMAP-REACH"}),
     )
 
 

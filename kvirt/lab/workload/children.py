@@ -116,6 +116,23 @@ def remap_in_child(p: Process) -> None:
     p.fork("remap-parent", "A parent whose child moves its memory.", parent)
 
 
+@bare("split-child")
+def split_child(p: Process) -> None:
+    """Start a parent whose child split what it inherited: VMAs that share a chain of two anon_vmas."""
+
+    def parent(child: Process) -> None:
+        note = "Written before the fork and after; the child split it in three."
+        _keep(child, note, anon=child.write(child.anon(9), range(6)))
+        child.fork("split-child", "A child that split what it inherited.", splitter)
+
+    def splitter(child: Process) -> None:
+        region = child.write(child.regions.pop("anon"), [1, 4, 8])
+        low, middle, high = child.protect(region, 3, 3, "r")
+        _keep(child, "Inherited, written and split.", low=low, middle=middle, high=high)
+
+    p.fork("split-parent", "A parent whose child splits its memory.", parent)
+
+
 @bare("many-vmas")
 def many_vmas(p: Process) -> None:
     """Start a process of many VMAs."""

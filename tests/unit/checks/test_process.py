@@ -3,7 +3,7 @@
 
 import pytest
 
-from kvirt.checks import process
+from kvirt.checks import patience, process
 from kvirt.checks.process import ProcessChecker
 from kvirt.findings import Severity
 from tests.unit.fake import VMEMMAP, Memory, make_layout
@@ -60,7 +60,16 @@ class Process:
             AVC,
             {"vma": VMA, "anon_vma": ANON_VMA, "same_vma_next": head, "same_vma_prev": head},
         )
-        put(LAYOUT.anon_vma, ANON_VMA, {"root": ANON_VMA, "parent": ANON_VMA, "refcount": 1})
+        # The only node of its tree.
+        self.memory.put_words(AVC + LAYOUT.anon_tree.subtree_last, [(START >> 12) + PAGES - 1])
+        node = AVC + LAYOUT.anon_tree.rb
+        self.anon_vma = {
+            "root": ANON_VMA,
+            "parent": ANON_VMA,
+            "refcount": 1,
+            "rb_root": node << 64 | node,
+        }
+        put(LAYOUT.anon_vma, ANON_VMA, self.anon_vma)
         tables = [0x200000, 0x201000, 0x202000]
         for at, below, shift in zip([None, *tables[:2]], tables, (39, 30, 21), strict=True):
             words = [0] * 512
@@ -96,7 +105,7 @@ class Process:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(process, "PAUSE", 0)
+    monkeypatch.setattr(patience, "PAUSE", 0)
 
 
 def word(value):
@@ -170,7 +179,7 @@ def test_first_fault_under_way_is_not_an_error():
     made_up = Process()
     head = VMA + LAYOUT.vma.offset("chain_next")
     made_up.memory.put_struct(LAYOUT.vma, VMA, {**made_up.vma, "chain_next": head, "chain_prev": head})
-    locked = {"root": ANON_VMA, "parent": ANON_VMA, "refcount": 1, "rwsem_count": 1}
+    locked = {**made_up.anon_vma, "rwsem_count": 1}
     made_up.memory.put_struct(LAYOUT.anon_vma, ANON_VMA, locked)
     severities = {f.id: f.severity for f in made_up.check(moves=False).findings}
     assert severities["AVC-EMPTY"] is Severity.TRANSIENT
@@ -190,7 +199,7 @@ def test_pages_that_are_wrong_in_the_same_way_are_one_finding():
         LAYOUT.vma, VMA, {**made_up.vma, "anon_pgoff_lo": made_up.vma["anon_pgoff_lo"] + 3}
     )
     by_id = {f.id: f for f in made_up.check(moves=False).findings}
-    assert set(by_id) == {"FOLIO-INDEX", "VMA-PURE-ANON-PGOFF"}
+    assert set(by_id) == {"FOLIO-INDEX", "VMA-PURE-ANON-PGOFF", "AVC-TREE-SUBTREE-LAST"}
     assert by_id["FOLIO-INDEX"].pages == PAGES
     assert by_id["FOLIO-INDEX"].address == START
 
@@ -235,7 +244,7 @@ def test_tree_that_is_torn_in_every_reading_leaves_the_verdict_open():
     made_up = Process()
     dead = b"".join(word(w) for w in [LEAF, *leaf()[1:]])
     sound = b"".join(word(w) for w in leaf())
-    made_up.changing(LEAF, [dead] * (process.TRIES + 1) + [sound])
+    made_up.changing(LEAF, [dead] * (patience.TRIES + 1) + [sound])
     result = made_up.check()
     assert [f.severity for f in result.findings if f.id == "VMA-TREE"] != [Severity.ERROR]
     assert any("some may be missing" in sentence for sentence in result.incomplete)
@@ -291,7 +300,7 @@ def test_page_table_that_is_its_own_ancestor():
 def test_lock_of_a_first_fault_excuses_nothing_else():
     made_up = Process()
     made_up.memory.put_struct(LAYOUT.vma, VMA, {**made_up.vma, "vm_pgoff": 5})
-    locked = {"root": ANON_VMA, "parent": ANON_VMA, "refcount": 1, "rwsem_count": 1}
+    locked = {**made_up.anon_vma, "rwsem_count": 1}
     made_up.memory.put_struct(LAYOUT.anon_vma, ANON_VMA, locked)
     [finding] = made_up.check(moves=False).findings
     assert (finding.id, finding.severity) == ("VMA-PURE-ANON-PGOFF", Severity.ERROR)

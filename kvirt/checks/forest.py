@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Runs the checks on families of anon_vmas, each family once, however many processes are in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import drgn
+import numpy as np
+
+from kvirt.checks import patience
+from kvirt.checks.registry import Check, Violation
+from kvirt.findings import Severity
+from kvirt.layout import Layout
+from kvirt.mm.address_space import AddressSpace
+from kvirt.mm.forest import AnonTree, Family, MmState, read_family, read_mm_state
+from kvirt.mm.pagetable import U64
+
+_ACCUSING = (Severity.ERROR, Severity.WARNING)
+
+_Key = tuple[str, int, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyViolation:
+    """What a check on a family objects to, as it is to be reported."""
+
+    check: Check
+    violation: Violation
+    severity: Severity
+
+
+class Forest:
+    """The families of one kernel, as far as they have been checked."""
+
+    def __init__(
+        self,
+        prog: drgn.Program,
+        layout: Layout,
+        checks: list[Check],
+        *,
+        moves: bool,
+    ) -> None:
+        """Prepare.
+
+        :param moves: whether the kernel runs while it is read
+        """
+        self._prog = prog
+        self._layout = layout
+        self._checks = [check for check in checks if check.family is not None]
+        self._moves = moves
+        # VMAs of families that other processes belong to as well, by root: not to be looked at again.
+        self._done: dict[int, U64] = {}
+        self.unsound: dict[int, AnonTree] = {}
+        """Trees in which the kernel may not find what is there, by anon_vma. Kept, for there are few."""
+
+    def check(self, space: AddressSpace) -> tuple[list[FamilyViolation], bool]:
+        """Check the families of a process, but for those that were checked with another one.
+
+        :return: what is wrong, and whether all of it could be looked at in peace
+        """
+        members: dict[int, list[int]] = {}
+        for vma in space.vmas():
+            if vma.vm_mm != space.address:
+                continue
+            for root in self._roots(space, vma.address):
+                members.setdefault(root, []).append(vma.address)
+        found: list[FamilyViolation] = []
+        quiet = True
+        for root, vmas in members.items():
+            known = self._done.get(root)
+            if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
+                continue
+            family, violations, settled = self._check_family(root, vmas)
+            quiet &= settled
+            found += violations
+            if family.shared():
+                self._done[root] = np.fromiter(family.vmas, dtype=np.uint64)
+        return found, quiet
+
+    def _roots(self, space: AddressSpace, vma: int) -> set[int]:
+        anon_vmas = (space.anon_vmas.get(link.anon_vma) for link in space.chains[vma].links)
+        return {anon_vma.root for anon_vma in anon_vmas if anon_vma is not None}
+
+    def _violations(self, family: Family) -> Iterator[tuple[_Key, FamilyViolation]]:
+        for check in self._checks:
+            assert check.family is not None
+            for violation in check.family(family):
+                severity = violation.severity or check.severity
+                where = violation.vma.address if violation.vma is not None else 0
+                key = check.id, violation.address or 0, where, violation.message
+                yield key, FamilyViolation(check, violation, severity)
+
+    def _check_family(self, root: int, members: list[int]) -> tuple[Family, list[FamilyViolation], bool]:
+        family = read_family(self._prog, self._layout, root, members)
+        found = dict(self._violations(family))
+        settled = True
+        transient: set[_Key] = set()
+        if self._moves:
+            for _ in range(patience.REREADS):
+                suspects = {key for key, one in found.items() if one.severity in _ACCUSING} - transient
+                if not suspects:
+                    break
+                again = self._settle(root, members)
+                if again is None:
+                    transient |= suspects
+                    settled = False
+                    break
+                family = again
+                fresh = dict(self._violations(family))
+                transient |= suspects - fresh.keys()
+                found.update((key, value) for key, value in fresh.items() if key in suspects)
+        elif family.locked:
+            transient = set(found)
+            settled = not found
+        out = []
+        for key, one in found.items():
+            if key in transient:
+                one = FamilyViolation(one.check, one.violation, Severity.TRANSIENT)
+            out.append(one)
+        if any(one.severity is Severity.ERROR for one in out):
+            self.unsound.update(family.trees)
+        return family, out, settled
+
+    def _settle(self, root: int, members: list[int]) -> Family | None:
+        """Read a family with nobody changing it meanwhile; None if that does not happen."""
+        for _ in range(patience.TRIES):
+            time.sleep(patience.PAUSE)
+            first = read_family(self._prog, self._layout, root, members)
+            before = self._states(first)
+            second = read_family(self._prog, self._layout, root, members)
+            # Faults add to a family under its own lock alone, and show as a difference; all else holds
+            # the mmap_lock of a process in it, which is counted.
+            if (
+                not second.locked
+                and before == self._states(second)
+                and not any(state is not None and state.write_locked for state in before.values())
+                and _alike(first, second)
+            ):
+                return second
+        return None
+
+    def _states(self, family: Family) -> dict[int, MmState | None]:
+        return {mm: read_mm_state(self._prog, self._layout, mm) for mm in family.mms}
+
+
+def _alike(first: Family, second: Family) -> bool:
+    return (
+        first.anon_vmas == second.anon_vmas
+        and first.trees == second.trees
+        and first.vmas == second.vmas
+        and first.chains == second.chains
+    )

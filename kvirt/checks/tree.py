@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Invariants of anon_vmas: their interval trees, and what they count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+from kvirt.checks.registry import Violation, family_check
+from kvirt.findings import Severity
+from kvirt.layout import Layout
+from kvirt.mm.forest import Family
+from kvirt.mm.vma import Vma
+
+
+def _counts(layout: Layout) -> bool:
+    return "num_active_vmas" in layout.anon_vma
+
+
+@family_check(
+    "AVC-IN-TREE",
+    Severity.ERROR,
+    says="Every link of a VMA's chain is in the tree of its anon_vma, and every link in such a tree is in "
+    "the chain of a VMA.",
+    relied_on="rmap_walk_anon(), which finds VMAs by these trees alone, mm/rmap.c",
+)
+def avc_in_tree(family: Family) -> Iterator[Violation]:
+    """Chains and trees hold the same AVCs.
+
+    munmap() and exit() take VMAs out of the mm before they take their AVCs out of the trees.
+    """
+    in_chains = {link.address for chain in family.chains.values() for link in chain.links}
+    leaving: Counter[int] = Counter()
+    for anon_vma, tree in family.trees.items():
+        for link in tree.links.values():
+            vma = family.vmas.get(link.vma)
+            if link.anon_vma != anon_vma:
+                yield Violation(
+                    f"the tree of the anon_vma {anon_vma:#x} has a link of another",
+                    address=link.address,
+                    expected=anon_vma,
+                    actual=link.anon_vma,
+                    vma=vma,
+                )
+            elif vma is None:
+                yield Violation(
+                    f"the tree of the anon_vma {anon_vma:#x} leads to a VMA that cannot be read",
+                    address=link.address,
+                    actual=link.vma,
+                )
+            elif not family.attached[vma.address]:
+                leaving[vma.vm_mm] += 1
+            elif link.address not in in_chains and family.chains[vma.address].broken is None:
+                yield Violation(
+                    f"the tree of the anon_vma {anon_vma:#x} has a link that is in no VMA's chain",
+                    address=link.address,
+                    vma=vma,
+                )
+    for mm, number in leaving.items():
+        yield Violation(
+            f"links in the trees of the anon_vma {family.root:#x} and its descendants lead to VMAs that the "
+            f"mm {mm:#x} does not have any more ({number}): munmap or exit is at work",
+            address=family.root,
+            severity=Severity.TRANSIENT,
+        )
+    for address, chain in family.chains.items():
+        vma = family.vmas[address]
+        if not family.attached[address]:
+            continue
+        for link in chain.links:
+            home = family.trees.get(link.anon_vma)
+            if home is not None and home.broken is None and link.address not in home.links:
+                yield Violation(
+                    f"a link of the VMA's chain is not in the tree of its anon_vma {link.anon_vma:#x}",
+                    address=link.address,
+                    vma=vma,
+                )
+
+
+@family_check(
+    "ANON-VMA-TREE-KEY",
+    Severity.ERROR,
+    says="The nodes of an anon_vma's tree are in order of their VMAs' anonymous page offsets, linked both "
+    "ways, and rb_leftmost is the first of them.",
+    relied_on="anon_vma_interval_tree_iter_first(), mm/interval_tree.c",
+)
+def anon_vma_tree_key(family: Family) -> Iterator[Violation]:
+    """The tree is a tree, and sorted. Equal offsets may be in any order."""
+    for anon_vma, tree in family.trees.items():
+        name = f"the tree of the anon_vma {anon_vma:#x}"
+        if tree.broken is not None:
+            yield Violation(f"{name} cannot be followed to its end: {tree.broken}", address=anon_vma)
+            continue
+        first = next(iter(tree.links), 0)
+        if tree.root.leftmost != first:
+            yield Violation(
+                f"rb_leftmost of {name} is not its first node",
+                address=anon_vma,
+                expected=first,
+                actual=tree.root.leftmost,
+            )
+        parents = {tree.root.node: 0} if tree.root.node else {}
+        for address, link in tree.links.items():
+            parents.update(dict.fromkeys((link.rb.left, link.rb.right), address))
+        for address, link in tree.links.items():
+            if link.rb.parent != parents[address]:
+                yield Violation(
+                    f"{name} has a node with a wrong parent",
+                    address=address,
+                    expected=parents[address],
+                    actual=link.rb.parent,
+                    vma=family.vmas.get(link.vma),
+                )
+        for before, node in pairwise(tree.nodes.values()):
+            if node.start < before.start:
+                yield Violation(
+                    f"{name} is out of order: before the offset {node.start:#x} comes {before.start:#x}",
+                    address=node.address,
+                    vma=family.vmas.get(tree.links[node.address].vma),
+                )
+
+
+@family_check(
+    "AVC-TREE-SUBTREE-LAST",
+    Severity.ERROR,
+    says="Each node of an anon_vma's tree knows the last anonymous page offset of all VMAs below it.",
+    relied_on="INTERVAL_TREE_DEFINE(), which prunes by it, include/linux/interval_tree_generic.h",
+)
+def avc_tree_subtree_last(family: Family) -> Iterator[Violation]:
+    """Nothing is pruned that is wanted, and no search goes astray."""
+    for anon_vma, tree in family.trees.items():
+        if tree.broken is not None:
+            continue
+        for address, node in tree.nodes.items():
+            below = [tree.links[child].rb.subtree_last for child in (node.rb.left, node.rb.right) if child]
+            expected = max([node.last, *below])
+            if node.rb.subtree_last != expected:
+                yield Violation(
+                    f"a node of the tree of the anon_vma {anon_vma:#x} has a wrong rb_subtree_last",
+                    address=address,
+                    expected=expected,
+                    actual=node.rb.subtree_last,
+                    vma=family.vmas.get(tree.links[address].vma),
+                )
+
+
+@family_check(
+    "ANON-VMA-ACTIVE",
+    Severity.ERROR,
+    says="anon_vma->num_active_vmas is the number of VMAs that have it as their own.",
+    relied_on="maybe_reuse_anon_vma(), which gives an anon_vma without VMAs to a child, mm/rmap.c",
+    applies=_counts,
+)
+def anon_vma_active(family: Family) -> Iterator[Violation]:
+    """Counted over all processes."""
+    if not family.whole():
+        return
+    owners = Counter(vma.anon_vma for vma in family.vmas.values())
+    for address, anon_vma in family.anon_vmas.items():
+        if anon_vma.num_active_vmas != owners[address]:
+            yield Violation(
+                f"num_active_vmas of the anon_vma {address:#x} is wrong",
+                address=address,
+                expected=owners[address],
+                actual=anon_vma.num_active_vmas,
+            )
+
+
+@family_check(
+    "ANON-VMA-CHILDREN",
+    Severity.ERROR,
+    says="anon_vma->num_children is the number of anon_vmas with VMAs that have it as parent; a root is its "
+    "own child.",
+    relied_on="maybe_reuse_anon_vma() and unlink_anon_vmas(), mm/rmap.c",
+    applies=_counts,
+)
+def anon_vma_children(family: Family) -> Iterator[Violation]:
+    """A child that no VMA is left of does not count."""
+    if not family.whole():
+        return
+    children = Counter(a.parent for a in family.anon_vmas.values() if a.tree.node)
+    for address, anon_vma in family.anon_vmas.items():
+        if anon_vma.num_children != children[address]:
+            yield Violation(
+                f"num_children of the anon_vma {address:#x} is wrong",
+                address=address,
+                expected=children[address],
+                actual=anon_vma.num_children,
+            )
+
+
+@family_check(
+    "ANON-VMA-REF",
+    Severity.ERROR,
+    says="An anon_vma has a reference for its VMAs, and a root one more for each of its descendants.",
+    relied_on="put_anon_vma(), which frees it with the last reference, mm/rmap.c",
+)
+def anon_vma_ref(family: Family) -> Iterator[Violation]:
+    """Too few is a use after free to come. More is legal: migration and KSM hold some."""
+    if not family.whole():
+        return
+    for address, anon_vma in family.anon_vmas.items():
+        least = len(family.anon_vmas) if address == family.root else 1
+        if anon_vma.refcount < least:
+            yield Violation(
+                f"the anon_vma {address:#x} has too few references",
+                address=address,
+                expected=least,
+                actual=anon_vma.refcount,
+            )
+        elif anon_vma.refcount > least:
+            yield Violation(
+                f"somebody else holds references to the anon_vma {address:#x}, as migration and KSM do",
+                address=address,
+                expected=least,
+                actual=anon_vma.refcount,
+                severity=Severity.INFO,
+            )
+
+
+@family_check(
+    "SAME-AV-SAME-CHAIN",
+    Severity.ERROR,
+    says="VMAs that have the same anon_vma as their own have the same anon_vmas in their chains.",
+    relied_on="is_mergeable_anon_vma(), which takes the one for the other, mm/vma.c",
+)
+def same_av_same_chain(family: Family) -> Iterator[Violation]:
+    """Whoever shares one shares all."""
+    groups: dict[int, list[tuple[Vma, frozenset[int]]]] = {}
+    for address, vma in family.vmas.items():
+        chain = family.chains[address]
+        if vma.anon_vma and chain.links and chain.broken is None and family.attached[address]:
+            members = frozenset(link.anon_vma for link in chain.links)
+            groups.setdefault(vma.anon_vma, []).append((vma, members))
+    for anon_vma, group in groups.items():
+        ((usual, _),) = Counter(members for _, members in group).most_common(1)
+        for vma, members in group:
+            if members == usual:
+                continue
+            for missing in sorted(usual - members):
+                yield Violation(
+                    f"the chain lacks an anon_vma that others with the anon_vma {anon_vma:#x} have",
+                    expected=missing,
+                    vma=vma,
+                )
+            for extra in sorted(members - usual):
+                yield Violation(
+                    f"the chain has an anon_vma that others with the anon_vma {anon_vma:#x} lack",
+                    actual=extra,
+                    vma=vma,
+                )

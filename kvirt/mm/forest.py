@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Families of anon_vmas: a root, all that descend from it by fork, their trees, and the VMAs in these.
+
+A family has everything that must agree on its anon_vmas, whatever process it belongs to: every VMA whose
+anonymous pages may be on one of them is in the root's tree (kernel: mm/rmap.c, "ROOT-IN-CHAIN" here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import drgn
+
+from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
+from kvirt.mm.interval_tree import Interval, Root, TreeError, in_order
+from kvirt.mm.maple import MapleError, mtree_load
+from kvirt.mm.rmap import AnonVma, AnonVmaChain, Chain, for_each_avc, read_anon_vma, read_avc
+from kvirt.mm.vma import Vma, read_vma, vma_pages
+
+# AVCs in one tree. A process has at most 65,530 VMAs by default, and a family of processes many of them.
+NODES_MAX = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class MmState:
+    """What tells whether the mappings of a process are being changed."""
+
+    ma_root: int
+    mm_users: int
+    lock_seq: int | None
+    write_locked: bool
+
+
+@dataclass(slots=True)
+class AnonTree:
+    """``anon_vma->rb_root``."""
+
+    root: Root
+    nodes: dict[int, Interval] = field(default_factory=dict)
+    """By address of the AVC, in the tree's order. Those whose VMA cannot be read are left out."""
+    links: dict[int, AnonVmaChain] = field(default_factory=dict)
+    """The AVCs, by address, in the tree's order."""
+    broken: str | None = None
+    """Why the tree could not be followed to its end, if it could not."""
+
+
+@dataclass(slots=True)
+class Family:
+    """A root anon_vma and what descends from it."""
+
+    root: int
+    anon_vmas: dict[int, AnonVma] = field(default_factory=dict)
+    """Those that have this root, and that are in a chain of the family; by address."""
+    trees: dict[int, AnonTree] = field(default_factory=dict)
+    vmas: dict[int, Vma] = field(default_factory=dict)
+    """All VMAs in the trees, by address."""
+    chains: dict[int, Chain] = field(default_factory=dict)
+    attached: dict[int, bool] = field(default_factory=dict)
+    """Whether a VMA is in the maple tree of its mm; munmap and exit take it out there first."""
+    mms: dict[int, MmState] = field(default_factory=dict)
+
+    @property
+    def locked(self) -> bool:
+        """Whether somebody held the root's lock, which is the lock of the whole family, for write."""
+        root = self.anon_vmas.get(self.root)
+        return root is not None and bool(root.write_locked)
+
+    def whole(self) -> bool:
+        """Whether nothing of it is out of reach, so that it can be counted."""
+        chains = (link.anon_vma for chain in self.chains.values() for link in chain.links)
+        return (
+            all(tree.broken is None and len(tree.links) == len(tree.nodes) for tree in self.trees.values())
+            and all(chain.broken is None for chain in self.chains.values())
+            and all(anon_vma in self.anon_vmas for anon_vma in chains)
+        )
+
+    def shared(self) -> bool:
+        """Whether more than one process is in it."""
+        return len({vma.vm_mm for vma in self.vmas.values()}) > 1
+
+
+class _Reader:
+    def __init__(self, prog: drgn.Program, layout: Layout, root: int) -> None:
+        self.prog = prog
+        self.layout = layout
+        self.family = Family(root)
+        self.todo: list[int] = []
+        self.strangers: set[int] = set()
+
+    def add_anon_vma(self, address: int) -> None:
+        family = self.family
+        if not address or address in family.anon_vmas or address in self.strangers:
+            return
+        try:
+            anon_vma = read_anon_vma(self.prog, self.layout, address)
+        except drgn.FaultError:
+            # A chain that leads there is damage, which AVC-SELF reports.
+            self.strangers.add(address)
+            return
+        if anon_vma.root != family.root:
+            # As is one that leads to another family: ANON-VMA-ROOT.
+            self.strangers.add(address)
+            return
+        family.anon_vmas[address] = anon_vma
+        self.todo.append(address)
+
+    def add_vma(self, address: int) -> Vma | None:
+        family = self.family
+        if address in family.vmas:
+            return family.vmas[address]
+        try:
+            vma = read_vma(self.prog, self.layout, address)
+        except drgn.FaultError:
+            return None
+        family.vmas[address] = vma
+        chain = family.chains[address] = for_each_avc(self.prog, self.layout, vma)
+        family.attached[address] = self.is_attached(vma)
+        for link in chain.links:
+            self.add_anon_vma(link.anon_vma)
+        return vma
+
+    def is_attached(self, vma: Vma) -> bool:
+        mm = self.mm(vma.vm_mm)
+        if mm is None or mm.mm_users == 0:
+            return False
+        try:
+            return mtree_load(self.prog, self.layout, mm.ma_root, vma.vm_start) == vma.address
+        except MapleError:
+            # VMA-TREE reports a damaged one; here the VMA is taken for what it says it is.
+            return True
+
+    def mm(self, address: int) -> MmState | None:
+        mms = self.family.mms
+        if address not in mms:
+            state = read_mm_state(self.prog, self.layout, address)
+            if state is None:
+                return None
+            mms[address] = state
+        return mms[address]
+
+    def read_tree(self, anon_vma: AnonVma) -> None:
+        tree = self.family.trees[anon_vma.address] = AnonTree(anon_vma.tree)
+        links: dict[int, AnonVmaChain] = {}
+
+        def read(address: int) -> AnonVmaChain:
+            if address not in links:
+                try:
+                    links[address] = read_avc(self.prog, self.layout, address)
+                except (drgn.FaultError, OverflowError):
+                    raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
+            return links[address]
+
+        try:
+            for address in in_order(lambda at: read(at).rb, anon_vma.tree, NODES_MAX):
+                link = tree.links[address] = links[address]
+                vma = self.add_vma(link.vma)
+                if vma is not None:
+                    start = vma.anon_pgoff
+                    tree.nodes[address] = Interval(address, link.rb, start, start + vma_pages(vma) - 1)
+        except TreeError as error:
+            tree.broken = str(error)
+
+
+def read_mm_state(prog: drgn.Program, layout: Layout, address: int) -> MmState | None:
+    """The state of a ``struct mm_struct``, None if it cannot be read."""
+    try:
+        m = layout.mm.read(prog, address)
+    except drgn.FaultError:
+        return None
+    locked = bool(m.get("mmap_lock_count", 0) & RWSEM_WRITER_LOCKED)
+    return MmState(m["ma_root"], m["mm_users"], m.get("mm_lock_seq"), locked)
+
+
+def read_family(prog: drgn.Program, layout: Layout, root: int, members: Iterable[int]) -> Family:
+    """Read the family of a root anon_vma.
+
+    :param root: address of the root ``struct anon_vma``
+    :param members: addresses of VMAs known to be in it, whether or not its trees have them
+    """
+    reader = _Reader(prog, layout, root)
+    reader.add_anon_vma(root)
+    for address in members:
+        reader.add_vma(address)
+    while reader.todo:
+        reader.read_tree(reader.family.anon_vmas[reader.todo.pop()])
+    return reader.family

@@ -19,6 +19,14 @@ PATIENCE = 300
 MODERN, LEGACY = "7.3", "6.12"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-docs",
+        action="store_true",
+        help="Write the generated parts of docs/ instead of comparing them.",
+    )
+
+
 @contextlib.contextmanager
 def booted(pattern, append=""):
     if os.geteuid() != 0:

@@ -18,7 +18,11 @@ from kvirt.findings import Severity
     faulting=True,
 )
 def avc_empty(context: VmaContext) -> Iterator[Violation]:
-    """The pointer and the list say the same."""
+    """The pointer and the list say the same.
+
+    Transient while the anon_vma is locked for write: a first fault sets the pointer before it fills the
+    chain (mm/rmap.c: __anon_vma_prepare()).
+    """
     vma = context.vma
     if context.chain.broken and not context.chain.links:
         return
@@ -41,7 +45,10 @@ def avc_empty(context: VmaContext) -> Iterator[Violation]:
     faulting=True,
 )
 def avc_self(context: VmaContext) -> Iterator[Violation]:
-    """The chain is this VMA's own, and sound."""
+    """The chain is this VMA's own, and sound.
+
+    A chain that runs in a loop, or leads to memory that cannot be read, is reported here.
+    """
     vma, chain = context.vma, context.chain
     if chain.broken is not None:
         yield Violation(f"the chain cannot be followed to its end: {chain.broken}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -137,6 +138,7 @@ FamilyRun = Callable[[Family], Iterator[Violation]]
 
 
 def _always(layout: Layout) -> bool:
+    """all"""
     return True
 
 
@@ -161,6 +163,28 @@ class Check:
     """For checks on pages: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in."""
     alike: Callable[[int, int], int] = lambda expected, actual: 0
     """For checks on pages: those of one VMA for which this is the same are one finding."""
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels must keep it, in a word or two: what *applies* says of itself."""
+        return _paragraphs(self.applies)[0]
+
+    @property
+    def kernels_meaning(self) -> str:
+        """Which kernels these are, if that needs to be said."""
+        return " ".join(_paragraphs(self.applies)[1:])
+
+    @property
+    def explanation(self) -> list[str]:
+        """Paragraphs for people: what the check's function says of itself below its first line."""
+        run = self.mm or self.vma or self.page or self.family
+        assert run is not None
+        return _paragraphs(run)[1:]
+
+
+def _paragraphs(function: Callable[..., object]) -> list[str]:
+    text = inspect.getdoc(function) or ""
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
 
 
 CHECKS: dict[str, Check] = {}
@@ -249,8 +273,13 @@ def page_check(
     return register
 
 
-def all_checks(layout: Layout) -> list[Check]:
-    """The invariants that this kernel must keep."""
+def every_check() -> list[Check]:
+    """All invariants, of whatever kernel."""
     for module in ("vma", "chain", "tree", "page"):
         importlib.import_module(f"kvirt.checks.{module}")
-    return [check for check in CHECKS.values() if check.applies(layout)]
+    return list(CHECKS.values())
+
+
+def all_checks(layout: Layout) -> list[Check]:
+    """The invariants that this kernel must keep."""
+    return [check for check in every_check() if check.applies(layout)]

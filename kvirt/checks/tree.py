@@ -15,6 +15,10 @@ from kvirt.mm.vma import Vma
 
 
 def _counts(layout: Layout) -> bool:
+    """counting
+
+    those whose struct anon_vma has num_active_vmas, 6.1 and later
+    """
     return "num_active_vmas" in layout.anon_vma
 
 
@@ -28,7 +32,8 @@ def _counts(layout: Layout) -> bool:
 def avc_in_tree(family: Family) -> Iterator[Violation]:
     """Chains and trees hold the same AVCs.
 
-    munmap() and exit() take VMAs out of the mm before they take their AVCs out of the trees.
+    Transient for VMAs that their mm does not have any more: munmap() and exit() take them out of the
+    trees after that.
     """
     in_chains = {link.address for chain in family.chains.values() for link in chain.links}
     leaving: Counter[int] = Counter()
@@ -86,7 +91,10 @@ def avc_in_tree(family: Family) -> Iterator[Violation]:
     relied_on="anon_vma_interval_tree_iter_first(), mm/interval_tree.c",
 )
 def anon_vma_tree_key(family: Family) -> Iterator[Violation]:
-    """The tree is a tree, and sorted. Equal offsets may be in any order."""
+    """The tree is a tree, and sorted. Equal offsets may be in any order.
+
+    A tree that runs in a loop, or leads to memory that cannot be read, is reported here.
+    """
     for anon_vma, tree in family.trees.items():
         name = f"the tree of the anon_vma {anon_vma:#x}"
         if tree.broken is not None:
@@ -153,7 +161,10 @@ def avc_tree_subtree_last(family: Family) -> Iterator[Violation]:
     applies=_counts,
 )
 def anon_vma_active(family: Family) -> Iterator[Violation]:
-    """Counted over all processes."""
+    """Counted over all processes.
+
+    Not judged while a part of the family cannot be read.
+    """
     if not family.whole():
         return
     owners = Counter(vma.anon_vma for vma in family.vmas.values())
@@ -197,7 +208,10 @@ def anon_vma_children(family: Family) -> Iterator[Violation]:
     relied_on="put_anon_vma(), which frees it with the last reference, mm/rmap.c",
 )
 def anon_vma_ref(family: Family) -> Iterator[Violation]:
-    """Too few is a use after free to come. More is legal: migration and KSM hold some."""
+    """Too few is a use after free to come.
+
+    For information only where there are more: migration and KSM hold some.
+    """
     if not family.whole():
         return
     for address, anon_vma in family.anon_vmas.items():

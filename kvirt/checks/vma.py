@@ -12,11 +12,20 @@ from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.vma import displacement, vma_is_cow_mapping, vma_is_pure_anon, vma_pages
 
 
+# What these say of themselves is what `kvirt checks` prints as the kernels of an invariant.
 def _two_offsets(layout: Layout) -> bool:
+    """two offsets
+
+    Linux 7.3 and later
+    """
     return layout.scheme is not Scheme.LEGACY
 
 
 def _one_offset(layout: Layout) -> bool:
+    """one offset
+
+    before Linux 7.3
+    """
     return layout.scheme is Scheme.LEGACY
 
 
@@ -28,7 +37,10 @@ def _one_offset(layout: Layout) -> bool:
     relied_on="every look-up of a VMA; validate_mm(), mm/vma.c",
 )
 def vma_tree(space: AddressSpace) -> Iterator[Violation]:
-    """The maple tree and the VMAs agree (mm/vma.c: validate_mm())."""
+    """The maple tree and the VMAs agree (mm/vma.c: validate_mm()).
+
+    Also reported here: a tree that cannot be followed to its end.
+    """
     if space.broken_tree is not None:
         yield Violation(f"mm->mm_mt cannot be followed to its end: {space.broken_tree}")
     page_mask = space.layout.page_size - 1
@@ -79,8 +91,8 @@ def vma_tree(space: AddressSpace) -> Iterator[Violation]:
 def vma_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
     """Unfaulted is in place.
 
-    A child of fork() whose MADV_WIPEONFORK mapping the parent had faulted and moved is unfaulted and
-    displaced (mm/mmap.c: dup_mmap()). That takes a mapping without a file, so there it is a warning.
+    A warning, not an error, where no file is mapped: a child of fork() is born so if its parent had
+    faulted, moved and then marked the mapping MADV_WIPEONFORK (mm/mmap.c: dup_mmap()).
     """
     vma = context.vma
     if vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
@@ -104,7 +116,8 @@ def vma_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
 def leg_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
     """Unfaulted is in place, on kernels with one offset.
 
-    Some of these leave the source of mremap(MREMAP_DONTUNMAP) as it was (mm/mremap.c).
+    For information only on kernels whose mremap(MREMAP_DONTUNMAP) leaves the emptied source as it was
+    (6.12, mm/mremap.c).
     """
     vma = context.vma
     if vma_is_pure_anon(vma) and vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
@@ -161,7 +174,11 @@ def vma_no_wrap(context: VmaContext) -> Iterator[Violation]:
     relied_on="vma_anon_address(), mm/internal.h",
 )
 def anonvma_in_noncow(context: VmaContext) -> Iterator[Violation]:
-    """A warning only: UFFDIO_COPY prepares an anon_vma before it looks at the mapping (mm/userfaultfd.c)."""
+    """Nothing to find by rmap, no anon_vma.
+
+    A warning, not an error: UFFDIO_COPY prepares an anon_vma before it looks whether the mapping is one
+    that it may fill (mm/userfaultfd.c).
+    """
     vma = context.vma
     if vma.anon_vma and not vma_is_cow_mapping(vma):
         yield Violation(

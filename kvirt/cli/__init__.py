@@ -27,6 +27,10 @@ COMMANDS = {
         "kvirt.cli.check_pid",
         "Check the page offsets of processes: VMAs, pages, verdict.",
     ),
+    "checks": (
+        "kvirt.cli.checks",
+        "List the invariants, or explain one.",
+    ),
     "lab": ("kvirt.cli.lab", "Kernels, guests and dumps to try kvirt on."),
     "vmas": ("kvirt.cli.vmas", "Show a process's VMAs with both page offsets."),
 }

@@ -18,14 +18,15 @@ from kvirt.target import Target
 def schema(name: str) -> dict[str, Any]:
     """The JSON Schema of a document.
 
-    :param name: "kvirt.check/1" or "kvirt.vmas/1"
+    :param name: "kvirt.check/1", "kvirt.checks/1" or "kvirt.vmas/1"
     """
     path = resources.files("kvirt") / "schemas" / f"{name.replace('/', '-')}.json"
     document: dict[str, Any] = json.loads(path.read_text())
     return document
 
 
-def _kernel(layout: Layout) -> dict[str, Any]:
+def kernel_members(layout: Layout) -> dict[str, Any]:
+    """What every document says of the kernel."""
     return {"release": layout.release, "arch": layout.arch, "scheme": str(layout.scheme)}
 
 
@@ -101,7 +102,7 @@ def check_document(
     :param report: what *tasks* add up to; looked at only when these are at their end
     :param tasks: written one after the other, so that no two need be kept
     """
-    head = {"schema": "kvirt.check/1", "kernel": _kernel(layout), "target": _target(target)}
+    head = {"schema": "kvirt.check/1", "kernel": kernel_members(layout), "target": _target(target)}
     yield "{\n" + _members(head) + ',\n "tasks": ['
     separator = "\n"
     for task in tasks:
@@ -130,7 +131,7 @@ def vmas_document(target: Target, layout: Layout, pid: int, comm: str, rows: Seq
     return _dump(
         {
             "schema": "kvirt.vmas/1",
-            "kernel": _kernel(layout),
+            "kernel": kernel_members(layout),
             "target": _target(target),
             "pid": pid,
             "comm": comm,

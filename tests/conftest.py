@@ -32,7 +32,7 @@ def booted(pattern, append=""):
     if os.geteuid() != 0:
         pytest.skip("Guests need root: run the tests with `make test`, which uses sudo.")
     with Guest(get_kernel(pattern), timeout=LIFETIME, append=append) as guest:
-        process = guest.popen(["kvirt", "lab", "workload"])
+        process = guest.popen(["kvirt", "lab", "workload", "--with", "hugetlb,ksm,swap"])
         line = process.readline(PATIENCE)
         if not line:
             pytest.fail(f"The workload failed in the guest: {process.stderr_text()}")

@@ -126,11 +126,12 @@ def test_killed_it_leaves_no_children(guest):
 
 
 def test_settings_of_the_machine_are_restored(guest):
-    show = ["sh", "-c", "cd /sys/kernel/mm/ksm; cat /proc/sys/vm/nr_hugepages run pages_to_scan"]
+    files = "/proc/swaps /proc/sys/vm/nr_hugepages ksm/run ksm/pages_to_scan transparent_hugepage/*/enabled"
+    show = ["sh", "-c", f"cd /sys/kernel/mm; cat {files}; true"]
     before = guest.run(show, check=True).stdout
-    with workload(guest, "--with", "hugetlb,ksm") as (process, document):
+    with workload(guest, "--with", "hugetlb,ksm,swap") as (process, document):
         names = {region["name"] for region in document["regions"]}
-        assert {"main/hugetlb/moved", "main/ksm/moved-file"} <= names
+        assert {"main/hugetlb/moved", "main/ksm/moved-file", "main/swap/moved-file"} <= names
         assert guest.run(show, check=True).stdout != before
         process.close_stdin()
         assert process.wait(PATIENCE) == 0
@@ -140,7 +141,7 @@ def test_settings_of_the_machine_are_restored(guest):
 def test_the_kernel_has_what_is_predicted(guest):
     if guest.kernel.vmlinux is None:
         pytest.skip("Without the guest's vmlinux its memory cannot be read from outside.")
-    with workload(guest, "--with", "hugetlb,ksm") as (_, document):
+    with workload(guest, "--with", "hugetlb,ksm,swap") as (_, document):
         prog = drgn.Program()
         prog.set_qemu_qmp(str(guest.qmp_socket))
         prog.load_debug_info([str(guest.kernel.vmlinux)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from kvirt.lab.procfs import PAGE_SIZE, read_maps
 from kvirt.lab.workload import syscalls as sc
@@ -19,9 +20,13 @@ from kvirt.lab.workload.regions import PURE_ANON, Region
 Start = Callable[[Process], None]
 
 BARE: dict[str, Start] = {}
+# As BARE, by the name of the option that they need.
+BARE_OPTIONAL: dict[str, Start] = {}
 HEIRS: dict[str, Start] = {}
 
 CHAIN_DEPTH = 6
+# Large folios of 64 kB, which came in Linux 6.8; with the option "swap" they may be used.
+LARGE = Path("/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled")
 MANY_PAGES = 240
 
 
@@ -30,6 +35,16 @@ def bare(name: str) -> Callable[[Start], Start]:
 
     def register(start: Start) -> Start:
         BARE[name] = start
+        return start
+
+    return register
+
+
+def bare_optional(option: str) -> Callable[[Start], Start]:
+    """As :func:`bare`, but only with what changes settings of the whole machine."""
+
+    def register(start: Start) -> Start:
+        BARE_OPTIONAL[option] = start
         return start
 
     return register
@@ -222,6 +237,44 @@ def uffd_shared(p: Process) -> None:
         body,
         "warnings",
     )
+
+
+@bare_optional("swap")
+def swap_shared(p: Process) -> None:
+    """Start a parent that has pages in swap, and a child that brings some of them back."""
+
+    def parent(child: Process) -> None:
+        _keep(
+            child,
+            "In swap; the child brought every second page back, so that those are in the swap cache.",
+            anon=child.page_out(child.write(child.anon(8))),
+            moved_anon=child.page_out(child.remap(child.write(child.anon(8)))),
+            file=child.page_out(child.write(child.file(child.memfd(16), 8, 3))),
+            moved_file=child.page_out(child.remap(child.write(child.file(child.memfd(16), 8, 3)))),
+        )
+        if LARGE.exists():
+            # Where a large folio is read back whole, the pages that stay in swap have it in the cache.
+            large = child.anon(16, align=16 * PAGE_SIZE)
+            sc.madvise(large.start, large.size, sc.MADV_HUGEPAGE)
+            moved = child.anon(16, align=16 * PAGE_SIZE)
+            sc.madvise(moved.start, moved.size, sc.MADV_HUGEPAGE)
+            child.write(moved)
+            _keep(
+                child,
+                "In swap as one large folio; the child brought it back.",
+                large=child.page_out(child.write(large)),
+                moved_large=child.page_out(child.remap(moved, child.slot(16, 16 * PAGE_SIZE))),
+            )
+        child.fork("swap-child", "A child that brought back pages its parent has in swap.", reader)
+
+    def reader(child: Process) -> None:
+        for key, region in child.regions.items():
+            # A large folio is read back whole only at its old place within its size.
+            step, keep = (1, True) if key.endswith("large") else (2, not key.startswith("moved"))
+            here = region if keep else child.remap(region)
+            child.regions[key] = child.bring_back(here, range(0, region.pages, step))
+
+    p.fork("swap-parent", "A parent with pages in swap.", parent)
 
 
 @heir("heir")

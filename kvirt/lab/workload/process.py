@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-from kvirt.lab.procfs import PAGE_SIZE
+from kvirt.lab.procfs import PAGE_SIZE, PM_SWAPPED, read_pagemap
 from kvirt.lab.workload import syscalls as sc
 from kvirt.lab.workload.regions import COW, Region, join, page_range
 
@@ -24,6 +24,7 @@ CARVE_OUT = 256 << 20
 HUGE_ALIGN = 2 << 20
 # Nothing may take longer, not even on an emulated machine.
 PATIENCE = 240.0
+PAGE_OUT_PATIENCE = 10.0
 
 _PROT = {"r": sc.PROT_READ, "w": sc.PROT_WRITE, "x": sc.PROT_EXEC}
 
@@ -57,6 +58,8 @@ class Process:
         self.regions: dict[str, Region] = {}
         self.skipped: list[tuple[str, str]] = []
         self.children = 0
+        # A pipe that holds references to pages, and how many more it can hold.
+        self._pipe: tuple[tuple[int, int], int] | None = None
         self._report = report
         # A pipe nobody writes to: it ends when the main process closes it, or is gone.
         self._life = life
@@ -137,7 +140,7 @@ class Process:
                 sc.store(address, 1, 0x6B)
         if region.kind in COW and not region.shared:
             region.faulted = True
-            for pages_of in (region.inherited, region.read, region.zero):
+            for pages_of in (region.inherited, region.read, region.zero, region.swapped):
                 pages_of -= addresses
             region.written |= addresses
         else:
@@ -177,6 +180,50 @@ class Process:
         region.faulted = True
         region.read.discard(address)
         region.written.add(address)
+        return region
+
+    def page_out(self, region: Region, *, hold: bool = False) -> Region:
+        """Send the pages written here to swap.
+
+        :param hold: keep a reference to them meanwhile, as a pipe does: then they stay in the swap cache
+        """
+        if hold:
+            for address in sorted(region.written):
+                self._hold(address)
+        whole = len(region.written) == region.pages
+        ranges = [(region.start, region.size)] if whole else [(a, PAGE_SIZE) for a in region.written]
+        for start, size in ranges:
+            self._page_out(start, size)
+        region.swapped |= region.written
+        region.written.clear()
+        return region
+
+    def _page_out(self, start: int, size: int) -> None:
+        # The kernel passes over pages that it has at hand for something else: it is asked again.
+        deadline = time.monotonic() + PAGE_OUT_PATIENCE
+        while True:
+            sc.madvise(start, size, sc.MADV_PAGEOUT)
+            if all(entry & PM_SWAPPED for entry in read_pagemap(self.pid, start, start + size)):
+                return
+            if time.monotonic() > deadline:
+                raise Skip(f"The kernel did not page out the memory at {start:#x}, though it was asked to.")
+            time.sleep(0.01)
+
+    def _hold(self, address: int) -> None:
+        """Have a pipe refer to a page until this process ends."""
+        if self._pipe is None or self._pipe[1] == 0:
+            # A pipe has 16 places; nobody ever reads from this one.
+            self._pipe = os.pipe(), 16
+        (reader, writer), room = self._pipe
+        sc.vmsplice(writer, address, PAGE_SIZE)
+        self._pipe = (reader, writer), room - 1
+
+    def bring_back(self, region: Region, pages: Iterable[int]) -> Region:
+        """Read pages that are in swap."""
+        for page in pages:
+            sc.load(region.address(page))
+            region.swapped.discard(region.address(page))
+            region.written.add(region.address(page))
         return region
 
     # Changes
@@ -219,7 +266,7 @@ class Process:
         pieces = region.split(first, first + count)
         moved = next(piece for piece in pieces if piece.start == part)
         copy = moved.moved(target)
-        for pages in (moved.written, moved.inherited, moved.read, moved.zero):
+        for pages in (moved.written, moved.inherited, moved.read, moved.zero, moved.swapped):
             pages.clear()
         return join(*pieces), copy
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,15 +21,17 @@ from kvirt.lab.procfs import (
     PAGE_SHIFT,
     PM_FILE,
     PM_PRESENT,
+    PM_SWAPPED,
     Mapping,
     read_maps,
     read_pagemap,
 )
 from kvirt.lab.workload import syscalls as sc
-from kvirt.lab.workload.children import BARE, HEIRS
+from kvirt.lab.workload.children import BARE, BARE_OPTIONAL, HEIRS, LARGE
 from kvirt.lab.workload.process import PATIENCE, NotReached, Process, Skip
 from kvirt.lab.workload.regions import FILE_BACKED, expand
 from kvirt.lab.workload.states import OPTIONAL, STATES, build
+from kvirt.lab.workload.swaparea import SwapArea
 
 SCHEMA = "kvirt.workload/1"
 KSM = Path("/sys/kernel/mm/ksm")
@@ -111,7 +113,7 @@ class Workload:
         self.regions: list[Entry] = []
         self.skipped: list[Entry] = []
         self._life_end = -1
-        self._settings: list[tuple[Path, str]] = []
+        self._undo: list[tuple[str, Callable[[], object]]] = []
         self._stop_at: list[int] = []
 
     def start(self, optional: list[str]) -> Entry:
@@ -128,11 +130,17 @@ class Workload:
             theirs,
             (life, self._life_end),
         )
+        prepared = [name for name in optional if self._prepare(name)]
         for start in BARE.values():
             start(main_process)
+        for name in prepared:
+            if name in BARE_OPTIONAL:
+                BARE_OPTIONAL[name](main_process)
         build(main_process, STATES)
-        for name in optional:
-            self._build_optional(main_process, name)
+        for name in prepared:
+            build(main_process, {name: OPTIONAL[name]})
+        if "ksm" in prepared:
+            self._merge(main_process)
         for start in HEIRS.values():
             start(main_process)
         for message in main_process.messages():
@@ -177,27 +185,49 @@ class Workload:
                 expected += message["children"] - 1
         ours.close()
 
-    def _build_optional(self, p: Process, name: str) -> None:
+    def _prepare(self, name: str) -> bool:
+        """Change the settings that an optional state needs; False if the machine has none of it."""
         try:
             if name == "hugetlb":
                 self._set(NR_HUGEPAGES, str(int(NR_HUGEPAGES.read_text()) + 8))
             elif name == "ksm":
                 for file, value in (("sleep_millisecs", "10"), ("pages_to_scan", "4000")):
                     self._set(KSM / file, value)
-            build(p, {name: OPTIONAL[name]})
-            if name == "ksm":
-                self._set(KSM / "run", "1")
-                _wait_for_ksm()
+            elif name == "swap":
+                if LARGE.exists():
+                    self._set(LARGE, "madvise")
+                area = SwapArea()
+                self._undo.append((f"the swap area {area.path} is not gone", area.close))
+                area.open()
         except OSError as error:
             reason = f"A setting of the machine cannot be changed: {error}."
             self.skipped.append({"name": f"main/{name}", "reason": reason})
+            return False
         except Skip as reason:
             self.skipped.append({"name": f"main/{name}", "reason": str(reason)})
+            return False
+        return True
+
+    def _merge(self, p: Process) -> None:
+        """Have KSM merge what was written for it."""
+        written = sum(len(r.written) for key, r in p.regions.items() if key.startswith("ksm/"))
+        self._set(KSM / "run", "1")
+        merging = Path("/proc/self/ksm_merging_pages")
+        deadline = time.monotonic() + 60
+        while (merged := int(merging.read_text())) < written:
+            if time.monotonic() > deadline:
+                reason = f"KSM merged {merged} pages of {written} within 60 s; the others are as written."
+                self.skipped.append({"name": "main/ksm", "reason": reason})
+                return
+            time.sleep(0.1)
 
     def _set(self, path: Path, value: str) -> None:
+        # Of a choice, the one in force is in brackets.
         before = path.read_text().strip()
+        if match := re.search(r"\[(\w+)\]", before):
+            before = match[1]
         path.write_text(value)
-        self._settings.append((path, before))
+        self._undo.append((f"{path} is not {before} again", lambda: path.write_text(before)))
 
     def stop(self) -> None:
         """End every child and restore every setting."""
@@ -213,25 +243,16 @@ class Workload:
                 if time.monotonic() > deadline:
                     _kill_children()
                 time.sleep(0.01)
-        for path, value in reversed(self._settings):
+        for failure, undo in reversed(self._undo):
             try:
-                path.write_text(value)
+                undo()
             except OSError as error:
-                print(f"kvirt lab workload: {path} is not {value} again: {error}", file=sys.stderr)
+                print(f"kvirt lab workload: {failure}: {error}", file=sys.stderr)
 
 
 def _kill_children() -> None:
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         os.kill(int(pid), signal.SIGKILL)
-
-
-def _wait_for_ksm() -> None:
-    merging = Path("/proc/self/ksm_merging_pages")
-    deadline = time.monotonic() + 30
-    while not int(merging.read_text()):
-        if time.monotonic() > deadline:
-            raise Skip("KSM merged nothing of this process within 30 s; its regions are as written.")
-        time.sleep(0.1)
 
 
 def kernel_scheme(btf: Path = Path("/sys/kernel/btf/vmlinux")) -> str | None:
@@ -303,12 +324,13 @@ def _page_problems(region: Entry, start: int, end: int) -> Iterator[str]:
         "inherited": ("an anonymous page", PM_PRESENT),
         "zero": ("the zero page", PM_PRESENT),
         "read": ("a file page", PM_PRESENT | PM_FILE),
+        "swapped": ("an entry of swap", PM_SWAPPED),
     }
     entries = read_pagemap(region["pid"], start, end)
     for key, (what, bits) in wanted.items():
         for address in expand(region.get(key, [])):
             entry = entries[(address - start) >> PAGE_SHIFT]
-            if entry & (PM_PRESENT | PM_FILE) != bits:
+            if entry & (PM_PRESENT | PM_SWAPPED | PM_FILE) != bits:
                 yield f"at {address:#x} there is not {what} (pagemap says {entry:#x})"
 
 

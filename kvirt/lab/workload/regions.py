@@ -55,11 +55,12 @@ class Region:
         self.wipe_on_fork = False
         self.note = ""
         # Addresses of pages, each in one of these sets: anonymous pages made here; anonymous pages
-        # a fork brought; file pages; the zero page.
+        # a fork brought; file pages; the zero page; anonymous pages in swap.
         self.written: set[int] = set()
         self.inherited: set[int] = set()
         self.read: set[int] = set()
         self.zero: set[int] = set()
+        self.swapped: set[int] = set()
 
     @classmethod
     def mapped(
@@ -119,8 +120,8 @@ class Region:
             its.update(a - start + to for a in mine if start <= a < end)
         return piece
 
-    def _pages(self) -> tuple[set[int], set[int], set[int], set[int]]:
-        return self.written, self.inherited, self.read, self.zero
+    def _pages(self) -> tuple[set[int], ...]:
+        return self.written, self.inherited, self.read, self.zero, self.swapped
 
     def split(self, *cuts: int) -> list[Region]:
         """Split at page numbers: the lower part keeps its offsets, the upper adds the distance."""
@@ -197,6 +198,8 @@ class Region:
             result["inherited"] = compress(self.inherited)
         if self.zero:
             result["zero"] = compress(self.zero)
+        if self.swapped:
+            result["swapped"] = compress(self.swapped)
         if self.legacy_vm_pgoff != self.vm_pgoff:
             result["legacy_vm_pgoff"] = _hex(self.legacy_vm_pgoff)
         return result

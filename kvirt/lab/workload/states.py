@@ -657,10 +657,35 @@ def _hugetlb_size() -> int:
 @optional("ksm")
 def ksm(p: Process) -> Regions:
     """Equal pages that KSM has merged, anonymous and of a private file."""
-    regions = {"anon": _anon(p), "moved-file": _moved_file(p)}
+    regions = {name: make(p) for name, make in BASES.items() if name != "unfaulted-file"}
     for region in regions.values():
         sc.madvise(region.start, region.size, sc.MADV_MERGEABLE)
     return regions
+
+
+@optional("swap")
+def swap(p: Process) -> Regions:
+    """Pages in swap: there alone, in the swap cache too, moved since, and brought back."""
+    result: Regions = {}
+    for name, make in (
+        ("anon", _anon),
+        ("moved-anon", _moved_anon),
+        ("file", _file),
+        ("moved-file", _moved_file),
+        ("devzero", lambda p: p.write(p.file(_devzero(), 6, 2, kind="devzero"), [0, 2, 3])),
+    ):
+        result[name] = p.page_out(make(p))
+        result[f"{name}-cached"] = p.page_out(make(p), hold=True)
+        result[f"{name}-back"] = p.bring_back(p.page_out(make(p)), [0, 2])
+        result[f"{name}-cached-back"] = p.bring_back(p.page_out(make(p), hold=True), [0, 2])
+        result[f"{name}-then-moved"] = p.remap(p.page_out(make(p)))
+        result[f"{name}-cached-then-moved"] = p.remap(p.page_out(make(p), hold=True))
+    try:
+        region, pages = _huge(p, 1)
+        result["huge"] = p.page_out(p.remap(region, p.slot(pages, pages * PAGE_SIZE)))
+    except Skip as reason:
+        p.skipped.append(("swap-huge", str(reason)))
+    return result
 
 
 def build(p: Process, table: dict[str, tuple[Build, str]]) -> None:

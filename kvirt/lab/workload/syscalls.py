@@ -63,6 +63,10 @@ _libc.pread.argtypes = _libc.pwrite.argtypes = [
     ctypes.c_size_t,
     ctypes.c_long,
 ]
+_libc.vmsplice.restype = ctypes.c_ssize_t
+_libc.vmsplice.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+_libc.swapon.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.swapoff.argtypes = [ctypes.c_char_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -108,6 +112,25 @@ def mremap(old: int, old_size: int, new_size: int, flags: int, new: int = 0) -> 
     if result is None or result == _MAP_FAILED:
         raise _fail("mremap")
     return result
+
+
+def vmsplice(pipe: int, address: int, size: int) -> None:
+    """Put [address, address + size) into a pipe without copying it."""
+    vector = struct.pack("QQ", address, size)
+    if _libc.vmsplice(pipe, vector, 1, 0) != size:
+        raise _fail("vmsplice")
+
+
+def swapon(path: str) -> None:
+    """Begin to swap to a device or file."""
+    if _libc.swapon(path.encode(), 0):
+        raise _fail("swapon")
+
+
+def swapoff(path: str) -> None:
+    """Take everything back from a device or file, and end swapping to it."""
+    if _libc.swapoff(path.encode()):
+        raise _fail("swapoff")
 
 
 def prctl(option: int, value: int) -> None:

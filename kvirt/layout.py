@@ -177,7 +177,41 @@ class SwapTypes:
     """How the swap types above MAX_SWAPFILES are used (include/linux/swap.h)."""
 
     names: tuple[str, ...]
-    """Name of each of the 32 swap types: "swap", "hwpoison", "migration", "device" or "marker"."""
+    """Name of each of the 32 swap types: "swap", "hwpoison", "migration", "device-private",
+    "device-exclusive" or "marker"."""
+
+
+@dataclass(frozen=True)
+class SwapTableLayout:
+    """The swap cache as a table for each cluster of a swap area (mm/swap_table.h)."""
+
+    swap_info: int
+    """Address of the array of pointers to swap_info_struct."""
+    info: StructLayout
+    cluster: StructLayout
+    slots: int
+    """Pages of a cluster (SWAPFILE_CLUSTER)."""
+
+
+@dataclass(frozen=True)
+class SwapSpacesLayout:
+    """The swap cache as several struct address_space for each swap area (mm/swap_state.c)."""
+
+    swapper_spaces: int
+    """Address of the array of pointers to a swap area's address spaces."""
+    nr_swapper_spaces: int
+    """Address of the array of their numbers, 32 bits each."""
+    space: StructLayout
+    node: StructLayout
+    """struct xa_node, with 64 slots from member "slots" on."""
+
+
+@dataclass(frozen=True)
+class KsmLayout:
+    """Where KSM keeps the index of a page that it merged (mm/ksm.c)."""
+
+    stable_node: StructLayout
+    rmap_item: StructLayout
 
 
 @dataclass(frozen=True)
@@ -216,7 +250,15 @@ class Layout:
     zero_pages: int
     huge_zero_pfn_address: int | None
     """Where the kernel keeps the huge zero folio's page frame; it comes and goes."""
+    pg_head: int
+    """Mask of ``PG_head`` in page flags: the first page of a large folio."""
     swap_types: SwapTypes
+    swp_pfn_mask: int
+    """Bits of a swap offset that are a page frame (``SWP_PFN_MASK``)."""
+    swap_cache: SwapTableLayout | SwapSpacesLayout | None
+    """None if the kernel has no swap, or a swap cache that this version of kvirt does not know."""
+    ksm: KsmLayout | None
+    """None if KSM does not remember the index of what it merges (Linux 7.2 and earlier)."""
     shmem_ops: frozenset[int]
     """Addresses of the vm_operations_struct of shmem mappings."""
     dontunmap_resets_pgoff: bool
@@ -321,16 +363,18 @@ def swap_type_names(max_swapfiles: int, hwpoison: bool) -> tuple[str, ...]:
     """Name the 32 swap types from MAX_SWAPFILES, following include/linux/swap.h.
 
     From MAX_SWAPFILES upwards: hwpoison (1, with memory failure handling), migration (3), device-private
-    and device-exclusive (none, or all that remain), and the PTE marker as the last.
+    (2) and device-exclusive (1; 2 before 6.15) if there are device pages, and the PTE marker as the last.
     """
     total = 1 << 5
     names = ["swap"] * max_swapfiles
     if hwpoison:
         names.append("hwpoison")
     names += ["migration"] * 3
-    names += ["device"] * (total - 1 - len(names))
+    devices = total - 1 - len(names)
+    if devices:
+        names += ["device-private"] * 2 + ["device-exclusive"] * (devices - 2)
     names.append("marker")
-    if len(names) != total:
+    if len(names) != total or devices not in (0, 3, 4):
         raise KvirtError(
             f"This kernel has {max_swapfiles} swap types, which this version of kvirt does not know "
             "how to read; please report its version."
@@ -431,6 +475,7 @@ def _page(prog: drgn.Program) -> tuple[StructLayout, np.dtype[np.void]]:
             "compound": ["compound_info", "compound_head"],
             "mapping": ["mapping"],
             "index": ["__folio_index", "index"],
+            "private": ["private"],
             "mapcount": ["_mapcount.counter"],
         },
     )
@@ -444,6 +489,60 @@ def _page(prog: drgn.Program) -> tuple[StructLayout, np.dtype[np.void]]:
         }
     )
     return layout, dtype
+
+
+def _swap_cache(prog: drgn.Program) -> SwapTableLayout | SwapSpacesLayout | None:
+    """Tell how swap entries find their folios: a swap table in each cluster (6.18), or xarrays."""
+    try:
+        if prog.type("struct swap_cluster_info").has_member("table"):
+            swap_info = _address(prog, "swap_info")
+            if swap_info is None:
+                return None
+            entries = prog.type("struct swap_table").member("entries").type
+            return SwapTableLayout(
+                swap_info,
+                _struct(prog, "struct swap_info_struct", {"max": ["max"], "cluster_info": ["cluster_info"]}),
+                _struct(prog, "struct swap_cluster_info", {"table": ["table"]}),
+                entries.length or 0,
+            )
+        spaces, numbers = _address(prog, "swapper_spaces"), _address(prog, "nr_swapper_spaces")
+        if spaces is None or numbers is None:
+            return None
+        return SwapSpacesLayout(
+            spaces,
+            numbers,
+            _struct(prog, "struct address_space", {"xa_head": ["i_pages.xa_head"]}),
+            _struct(prog, "struct xa_node", {"shift": ["shift"], "slots": ["slots"]}),
+        )
+    except LookupError:
+        return None
+
+
+def _ksm(prog: drgn.Program) -> KsmLayout | None:
+    try:
+        if not prog.type("struct ksm_rmap_item").has_member("linear_page_index"):
+            return None
+    except LookupError:
+        return None
+    return KsmLayout(
+        _struct(
+            prog,
+            "struct ksm_stable_node",
+            {"first": ["hlist.first"], "kpfn": ["kpfn"], "rmap_hlist_len": ["rmap_hlist_len"]},
+        ),
+        _struct(
+            prog,
+            "struct ksm_rmap_item",
+            {
+                "anon_vma": ["anon_vma"],
+                "mm": ["mm"],
+                "address": ["address"],
+                "linear_page_index": ["linear_page_index"],
+                "head": ["head"],
+                "next": ["hlist.next"],
+            },
+        ),
+    )
 
 
 def _pgtable_levels(prog: drgn.Program) -> int:
@@ -484,11 +583,13 @@ def read_layout(prog: drgn.Program) -> Layout:
         pg_hwpoison = 1 << int(prog.constant("PG_hwpoison").value_())
     except LookupError:
         pg_hwpoison = 0
+    has_hwpoison = _has_function(prog, "memory_failure")
     try:
         max_swapfiles = int(prog["swap_info"].type_.length or 0)
     except LookupError:
         # Without CONFIG_SWAP there are no swap entries proper; migration entries still exist.
-        max_swapfiles = 32 - 5
+        max_swapfiles = 32 - 4 - has_hwpoison
+    page_shift, levels = int(prog["PAGE_SHIFT"].value_()), _pgtable_levels(prog)
     page_size = page.size
     has_mask = (
         prog.type("struct page").has_member("compound_info")
@@ -499,8 +600,8 @@ def read_layout(prog: drgn.Program) -> Layout:
         release=prog["UTS_RELEASE"].string_().decode(),
         arch="x86_64",
         scheme=scheme,
-        page_shift=int(prog["PAGE_SHIFT"].value_()),
-        pgtable_levels=_pgtable_levels(prog),
+        page_shift=page_shift,
+        pgtable_levels=levels,
         physical_mask=physical_mask & ~sme,
         vmemmap=int(prog["vmemmap"].value_()),
         vma=_vma(prog, scheme),
@@ -564,10 +665,15 @@ def read_layout(prog: drgn.Program) -> Layout:
         maple=_maple(prog),
         vm=_vm_flags(prog),
         pg_hwpoison=pg_hwpoison,
+        pg_head=1 << int(prog.constant("PG_head").value_()),
         zero_pfn=zero_pfn,
         zero_pages=((_number(prog, "zero_page_mask") or 0) >> 12) + 1,
         huge_zero_pfn_address=_address(prog, "huge_zero_pfn"),
-        swap_types=SwapTypes(swap_type_names(max_swapfiles, _has_function(prog, "memory_failure"))),
+        swap_types=SwapTypes(swap_type_names(max_swapfiles, has_hwpoison)),
+        # MAX_PHYSMEM_BITS, arch/x86/include/asm/sparsemem.h
+        swp_pfn_mask=(1 << ((52 if levels == 5 else 46) - page_shift)) - 1,
+        swap_cache=_swap_cache(prog),
+        ksm=_ksm(prog),
         shmem_ops=frozenset(
             a for a in (_address(prog, n) for n in ("shmem_vm_ops", "shmem_anon_vm_ops")) if a is not None
         ),

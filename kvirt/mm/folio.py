@@ -37,6 +37,8 @@ class Folios:
     """``folio->mapping`` with its low bits."""
     index: U64
     """``folio->index``."""
+    private: U64
+    """``folio->private``; in the swap cache this is ``folio->swap.val``."""
 
     def take(self, mask: Bool) -> Folios:
         """Some of the page frames."""
@@ -46,6 +48,7 @@ class Folios:
             self.head[mask],
             self.mapping[mask],
             self.index[mask],
+            self.private[mask],
         )
 
     def is_anon(self) -> Bool:
@@ -125,10 +128,12 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
     good = readable & head_readable[head_where]
     mapping = np.where(good, head_pages["mapping"].astype(np.uint64)[head_where], np.uint64(0))
     index = np.where(good, head_pages["index"].astype(np.uint64)[head_where], np.uint64(0))
+    private = np.where(good, head_pages["private"].astype(np.uint64)[head_where], np.uint64(0))
     return Folios(
         readable=good[where],
         flags=pages["flags"].astype(np.uint64)[where],
         head=heads[where],
         mapping=mapping[where],
         index=index[where],
+        private=private[where],
     )

@@ -21,6 +21,11 @@ _PAGE_PRESENT = np.uint64(1 << 0)
 _PAGE_PSE = np.uint64(1 << 7)
 _PAGE_PROTNONE = np.uint64(1 << 8)
 _PAGE_SPECIAL = np.uint64(1 << 9)
+# An entry with these alone is none: a processor may set them in an empty one (_KNL_ERRATUM_MASK).
+_ERRATUM = np.uint64(1 << 5 | 1 << 6)
+# arch/x86/include/asm/pgtable_64.h
+SWP_TYPE_BITS = 5
+_SWP_OFFSET_SHIFT = 9 + SWP_TYPE_BITS
 _ENTRIES = 512
 _TABLE_BYTES = 4096
 # PTE tables decoded at once: 1 Mi pages. Bounds memory, whatever the size of the process.
@@ -91,7 +96,30 @@ def leaf_pfn(layout: Layout, leaves: Leaves) -> U64:
 
 def swap_type(leaves: Leaves) -> U8:
     """Swap type of each entry that is not present: ``__swp_type()``, arch/x86/include/asm/pgtable_64.h."""
-    return (leaves.entry >> np.uint64(59)).astype(np.uint8)
+    return (leaves.entry >> np.uint64(64 - SWP_TYPE_BITS)).astype(np.uint8)
+
+
+def swap_offset(leaves: Leaves) -> U64:
+    """Swap offset of each entry that is not present: ``__swp_offset()``, arch/x86/include/asm/pgtable_64.h.
+
+    It is stored inverted, so that no entry looks to a speculating processor like memory that exists.
+    """
+    return ~leaves.entry << np.uint64(SWP_TYPE_BITS) >> np.uint64(_SWP_OFFSET_SHIFT)
+
+
+def absent_entry(type_: int, offset: int) -> int:
+    """The entry of a swap type with a swap offset or page frame (``__swp_entry()``, as above)."""
+    inverted = ~offset & ((1 << (64 - _SWP_OFFSET_SHIFT)) - 1)
+    return type_ << (64 - SWP_TYPE_BITS) | inverted << (_SWP_OFFSET_SHIFT - SWP_TYPE_BITS)
+
+
+def swap_pfn(layout: Layout, leaves: Leaves) -> U64:
+    """Page frame that each entry stands for: ``softleaf_to_pfn()``, include/linux/leafops.h.
+
+    For entries of migration, device-private and device-exclusive pages. Bits above the page frame tell
+    whether a migrating page was young and dirty.
+    """
+    return swap_offset(leaves) & np.uint64(layout.swp_pfn_mask)
 
 
 def _read_tables(
@@ -119,7 +147,7 @@ def _read_tables(
 
 def _children(tables: U64, bases: U64, level: int, shift: int) -> tuple[U64, U64]:
     """Entries of tables that are not empty, and the addresses that they start at."""
-    rows, columns = np.nonzero(tables)
+    rows, columns = np.nonzero(tables & ~_ERRATUM)
     span = np.uint64(shift + 9 * level)
     return tables[rows, columns], bases[rows] + (columns.astype(np.uint64) << span)
 

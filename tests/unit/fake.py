@@ -11,11 +11,14 @@ import numpy as np
 
 from kvirt.layout import (
     VM_FLAG_BITS,
+    KsmLayout,
     Layout,
     MapleLayout,
     Member,
     Scheme,
     StructLayout,
+    SwapSpacesLayout,
+    SwapTableLayout,
     SwapTypes,
     TreeLayout,
     swap_type_names,
@@ -26,6 +29,21 @@ VMEMMAP = 0xFFFFEA0000000000
 
 def _layout(type_name: str, size: int, **offsets: int) -> StructLayout:
     return StructLayout(type_name, size, {name: Member(at, 8) for name, at in offsets.items()})
+
+
+SWAP_INFO, SWAPPER_SPACES, NR_SWAPPER_SPACES = (0xFFFFFFFF82000000 + i * 0x1000 for i in range(3))
+SWAP_TABLES = SwapTableLayout(
+    SWAP_INFO,
+    _layout("struct swap_info_struct", 16, max=0, cluster_info=8),
+    _layout("struct swap_cluster_info", 16, table=8),
+    512,
+)
+SWAP_SPACES = SwapSpacesLayout(
+    SWAPPER_SPACES,
+    NR_SWAPPER_SPACES,
+    _layout("struct address_space", 16, xa_head=8),
+    StructLayout("struct xa_node", 576, {"shift": Member(0, 1), "slots": Member(40, 512)}),
+)
 
 
 def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_mask: bool = False) -> Layout:
@@ -51,16 +69,22 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         del members["anon_pgoff_lo"], members["anon_pgoff_hi"]
     page_dtype = np.dtype(
         {
-            "names": ["flags", "compound", "mapping", "index", "mapcount"],
-            "formats": ["<u8", "<u8", "<u8", "<u8", "<i4"],
-            "offsets": [0, 8, 24, 32, 48],
+            "names": ["flags", "compound", "mapping", "index", "private", "mapcount"],
+            "formats": ["<u8", "<u8", "<u8", "<u8", "<u8", "<i4"],
+            "offsets": [0, 8, 24, 32, 40, 48],
             "itemsize": 64,
         }
     )
     page = StructLayout(
         "struct page",
         64,
-        {"flags": Member(0, 8), "compound": Member(8, 8), "mapping": Member(24, 8), "index": Member(32, 8)},
+        {
+            "flags": Member(0, 8),
+            "compound": Member(8, 8),
+            "mapping": Member(24, 8),
+            "index": Member(32, 8),
+            "private": Member(40, 8),
+        },
     )
     return Layout(
         release="7.3.0-made-up",
@@ -110,7 +134,23 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         zero_pfn=0x99,
         zero_pages=1,
         huge_zero_pfn_address=None,
+        pg_head=1 << 6,
         swap_types=SwapTypes(swap_type_names(24, True)),
+        swp_pfn_mask=(1 << 34) - 1,
+        swap_cache=SWAP_TABLES,
+        ksm=KsmLayout(
+            _layout("struct ksm_stable_node", 24, first=0, kpfn=8, rmap_hlist_len=16),
+            _layout(
+                "struct ksm_rmap_item",
+                48,
+                anon_vma=0,
+                mm=8,
+                address=16,
+                linear_page_index=24,
+                head=32,
+                next=40,
+            ),
+        ),
         shmem_ops=frozenset({0xFFFFFFFF81000000}),
         dontunmap_resets_pgoff=True,
         hugetlb_index_in_pages=True,

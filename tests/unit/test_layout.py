@@ -52,15 +52,16 @@ def test_contradictions_are_refused(members, copy_vma, words):
 
 @pytest.mark.parametrize(
     ("max_swapfiles", "hwpoison", "devices"),
-    # 7.3 and 6.12 of Debian's cloud flavour, and one without memory failure handling.
-    [(24, True, 3), (27, True, 0), (28, False, 0)],
+    # 7.3 and 6.12 of Debian's cloud flavour, one without memory failure handling, 6.12 with devices.
+    [(24, True, 3), (27, True, 0), (28, False, 0), (23, True, 4)],
 )
 def test_swap_types(max_swapfiles, hwpoison, devices):
     names = swap_type_names(max_swapfiles, hwpoison)
     assert len(names) == 32
     assert names.count("swap") == max_swapfiles
     assert names.count("migration") == 3
-    assert names.count("device") == devices
+    assert names.count("device-private") == (2 if devices else 0)
+    assert names.count("device-exclusive") == max(devices - 2, 0)
     assert names[-1] == "marker"
     assert (names[max_swapfiles] == "hwpoison") is hwpoison
 

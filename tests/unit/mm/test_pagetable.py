@@ -5,10 +5,13 @@ import pytest
 from kvirt.mm.pagetable import (
     Leaves,
     WalkTroubles,
+    absent_entry,
     for_each_leaf,
     leaf_pfn,
     leaf_present,
     leaf_special,
+    swap_offset,
+    swap_pfn,
     swap_type,
 )
 from tests.unit.fake import Memory, make_layout
@@ -136,3 +139,19 @@ def test_page_frame_of_an_entry_without_rights_is_inverted():
 def test_special_and_swap_type():
     assert leaf_special(leaves(0x5000 | TABLE | SPECIAL)).tolist() == [True]
     assert swap_type(leaves(29 << 59 | 0x1234 << 14)).tolist() == [29]
+
+
+def test_page_frame_that_an_entry_stands_for():
+    # __swp_entry(), and SWP_MIG_YOUNG and SWP_MIG_DIRTY above a page frame of 34 bits.
+    entry = 26 << 59 | (~(0x12345 | 3 << 34) & ((1 << 50) - 1)) << 9
+    assert entry == absent_entry(26, 0x12345 | 3 << 34)
+    assert swap_offset(leaves(entry)).tolist() == [0x12345 | 3 << 34]
+    assert swap_pfn(make_layout(), leaves(entry)).tolist() == [0x12345]
+    assert leaf_present(leaves(entry)).tolist() == [False]
+
+
+def test_bits_that_a_processor_leaves_in_an_empty_entry():
+    tables = Tables(4)
+    tables.map(0x7F0000001000, 0x60)
+    tables.map(0x7F0000002000, 0x5000 | TABLE)
+    assert set(walk(tables, 4)[0]) == {0x7F0000002000}

@@ -4,7 +4,7 @@
 Each way to break an invariant is one function of a module here, registered with ``@damage``.
 """
 
-from kvirt.lab.damage import chain, page, tree, vma
+from kvirt.lab.damage import absent, chain, page, tree, vma
 from kvirt.lab.damage.scene import DAMAGES, Damaged, Scene
 
-__all__ = ["DAMAGES", "Damaged", "Scene", "chain", "page", "tree", "vma"]
+__all__ = ["DAMAGES", "Damaged", "Scene", "absent", "chain", "page", "tree", "vma"]

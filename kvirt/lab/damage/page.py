@@ -29,6 +29,7 @@ def _folio_index_huge(scene: Scene) -> Damaged:
         f"the huge folio at {page.address:#x} is indexed {page.index + 1:#x} instead of {page.index:#x}",
         vma_range(page.vma),
         page.address,
+        pages=512,
     )
 
 
@@ -41,6 +42,7 @@ def _folio_anon_vma_huge(scene: Scene) -> Damaged:
         f"the huge folio at {page.address:#x} is on an anon_vma of another VMA",
         vma_range(page.vma),
         page.address,
+        pages=512,
     )
 
 

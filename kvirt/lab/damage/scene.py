@@ -10,8 +10,9 @@ import drgn
 import numpy as np
 
 from kvirt.errors import KvirtError
+from kvirt.findings import Severity
 from kvirt.lab.overlay import Overlay
-from kvirt.layout import Layout, Scheme, layout_of
+from kvirt.layout import Layout, Scheme, StructLayout, layout_of
 from kvirt.mm.address_space import AddressSpace, read_address_space
 from kvirt.mm.folio import read_folios
 from kvirt.mm.pagetable import WalkTroubles, for_each_leaf, leaf_pfn, leaf_present, leaf_special
@@ -31,6 +32,10 @@ class Damaged:
     """Address of the page that the finding must name."""
     also: frozenset[str] = field(default_factory=frozenset)
     """Invariants that are broken by the same damage."""
+    pages: int = 1
+    """Base pages that the finding must count, where it names one."""
+    severity: Severity | None = None
+    """Where it differs from the invariant's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,34 +142,49 @@ class Scene:
 
     def set_page(self, pfn: int, member: str, value: int) -> None:
         """Make up a member of a struct page."""
-        self._set(self.page_address(pfn) + self.layout.page.offset(member), value, 8)
+        self.set_member(self.layout.page, self.page_address(pfn), member, value)
 
     def set_vma(self, vma: Vma, member: str, value: int) -> None:
         """Make up a member of a struct vm_area_struct."""
-        where = self.layout.vma.members[member]
-        self._set(vma.address + where.offset, value, where.size)
+        self.set_member(self.layout.vma, vma.address, member, value)
 
     def set_anon_vma(self, address: int, member: str, value: int) -> None:
         """Make up a member of a struct anon_vma."""
-        where = self.layout.anon_vma.members[member]
-        self._set(address + where.offset, value, where.size)
+        self.set_member(self.layout.anon_vma, address, member, value)
 
     def set_avc(self, address: int, member: str, value: int) -> None:
         """Make up a member of a struct anon_vma_chain."""
-        where = self.layout.avc.members[member]
-        self._set(address + where.offset, value, where.size)
+        self.set_member(self.layout.avc, address, member, value)
 
     def set_mm(self, member: str, value: int) -> None:
         """Make up a member of the struct mm_struct."""
-        where = self.layout.mm.members[member]
-        self._set(self.space.address + where.offset, value, where.size)
+        self.set_member(self.layout.mm, self.space.address, member, value)
 
     def set_word(self, address: int, value: int) -> None:
         """Make up eight bytes of kernel memory."""
-        self._set(address, value, 8)
+        self.overlay.write(address, value.to_bytes(8, "little"))
 
-    def _set(self, address: int, value: int, size: int) -> None:
-        self.overlay.write(address, value.to_bytes(size, "little"))
+    def set_member(self, layout: StructLayout, address: int, member: str, value: int) -> None:
+        """Make up a member of the structure at an address."""
+        where = layout.members[member]
+        self.overlay.write(address + where.offset, value.to_bytes(where.size, "little"))
+
+    def set_entry(self, address: int, level: int, value: int) -> None:
+        """Make up a page-table entry of the process.
+
+        :param level: 0: PTE, 1: PMD; the tables above it must exist
+        """
+        layout = self.layout
+        physical = None
+        for above in range(layout.pgtable_levels - 1, level - 1, -1):
+            slot = (address >> (layout.page_shift + 9 * above) & 511) * 8
+            if physical is None:
+                table = self.prog.read_u64(self.space.pgd + slot)
+            elif above > level:
+                table = self.prog.read_u64(physical + slot, physical=True)
+            else:
+                self.overlay.write_physical(physical + slot, value.to_bytes(8, "little"))
+            physical = table & layout.physical_mask & ~(layout.page_size - 1)
 
     def set_index_base(self, vma: Vma, value: int) -> None:
         """Make up the offset by which anonymous folios are indexed."""

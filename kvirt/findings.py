@@ -45,16 +45,19 @@ class PageCounts:
     """Base pages of one process."""
 
     present: int = 0
-    """Mapped by an entry that is present for the kernel."""
+    """Mapped by an entry that is present for the kernel, or that stands for a page in memory: one that
+    is migrating, or that a device has."""
     anon: int = 0
     """Of the checked: in anonymous folios, KSM left out."""
     checked: int = 0
     verified: int = 0
-    """Of the anonymous: their index was compared with the VMA's offset (FOLIO-INDEX)."""
+    """Anonymous, KSM's among them: their index was compared with the VMA's offset."""
     unverified: Counter[str] = field(default_factory=Counter)
-    """Pages that are or may be anonymous, and whose index was not compared, by reason; KSM's among them."""
+    """Pages that are or may be anonymous, and whose index was not compared, by reason."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Pages and entries that were not judged, by reason; those not present are counted here too."""
+    """Pages and entries that were not judged, by reason; entries of swap are counted here too."""
+    swapcache: int = 0
+    """Entries of swap whose page in the swap cache was judged; not among the present ones."""
 
     def add(self, other: PageCounts) -> None:
         """Add another process's."""
@@ -64,6 +67,7 @@ class PageCounts:
         self.verified += other.verified
         self.unverified += other.unverified
         self.skipped += other.skipped
+        self.swapcache += other.swapcache
 
 
 @dataclass(frozen=True, slots=True)

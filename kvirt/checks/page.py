@@ -20,8 +20,8 @@ from kvirt.findings import Severity
 def folio_index(batch: PageBatch) -> PageViolations:
     """Every anonymous folio is where rmap looks for it.
 
-    Not judged: KSM pages, which have no index, and the stack of an exec under way, which is moved with
-    its old index.
+    Judged too: pages that are migrating or that a device has. Not judged: KSM pages, which have no index,
+    and the stack of an exec under way, which is moved with its old index.
     """
     expected, actual = batch.expected_index(), batch.index()
     judged = batch.folios.is_anon() & ~batch.table.temporary_stack[batch.row]

@@ -13,12 +13,20 @@ import numpy as np
 
 from kvirt.checks import patience
 from kvirt.checks.forest import FamilyViolation, Forest
-from kvirt.checks.registry import Check, Violation, VmaContext, VmaTable, all_checks
-from kvirt.checks.sorting import DOUBTS, Sorted, Sorter
+from kvirt.checks.registry import (
+    Check,
+    PageBatch,
+    PageViolations,
+    Violation,
+    VmaContext,
+    VmaTable,
+    all_checks,
+)
+from kvirt.checks.sorting import DOUBTS, Sorter
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
-from kvirt.mm.pagetable import U64, WalkTroubles, for_each_leaf
+from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf
 from kvirt.tasks import for_each_process
 
 # Entries of one process that are remembered one by one when they look wrong. Bounds memory when
@@ -33,6 +41,7 @@ class _PageHit:
     """One leaf entry that a check objects to."""
 
     check: Check
+    severity: Severity
     vma: int
     """Address of the struct vm_area_struct."""
     range: tuple[int, int]
@@ -105,7 +114,8 @@ class ProcessChecker:
         self.moves = moves
         checks = all_checks(layout)
         self._space_checks = [c for c in checks if c.mm is not None or c.vma is not None]
-        self._page_checks = [c for c in checks if c.page is not None]
+        self._page_checks = [(c, c.page) for c in checks if c.page is not None]
+        self._entry_checks = [(c, c.entry) for c in checks if c.entry is not None]
         self._forest = Forest(prog, layout, checks, moves=moves)
 
     def check(self, mm: int, progress: Callable[[int], None] = lambda pages: None) -> ProcessResult:
@@ -215,43 +225,24 @@ class ProcessChecker:
             for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
                 progress(len(leaves) * leaves.pages)
                 sorted_ = sorter.sort(leaves, counts)
-                for reason, doubtful in sorted_.doubts.items():
+                for reason, doubtful in sorted_.doubts:
                     room = max(0, HITS_MAX - len(into.doubts))
                     for address, entry in zip(
                         doubtful.address[:room].tolist(), doubtful.entry[:room].tolist(), strict=True
                     ):
                         into.doubts[reason, address, 0] = doubtful.pages
                         seen[address] = entry
-                self._judge(into, table, sorted_, seen)
+                batch = sorted_.batch
+                if len(batch.address):
+                    for check, page in self._page_checks:
+                        _note_pages(into, check, page(batch), batch, sorted_.leaves, seen)
+                for entries, absent in sorted_.entries:
+                    if len(entries.address):
+                        for check, entry_run in self._entry_checks:
+                            _note_pages(into, check, entry_run(entries), entries, absent, seen)
         except drgn.FaultError as error:
             into.unreadable = str(error)
         return seen
-
-    def _judge(self, into: _Pass, table: VmaTable, sorted_: Sorted, seen: dict[int, int]) -> None:
-        batch = sorted_.batch
-        if not len(batch.address):
-            return
-        for check in self._page_checks:
-            assert check.page is not None
-            bad = check.page(batch)
-            where = np.flatnonzero(bad.mask)
-            room = max(0, HITS_MAX - len(into.hits))
-            into.overflow += len(where[room:]) * batch.pages
-            for i in where[:room].tolist():
-                vma = table.vmas[int(batch.row[i])]
-                hit = _PageHit(
-                    check,
-                    vma.address,
-                    (vma.vm_start, vma.vm_end),
-                    int(batch.address[i]),
-                    int(bad.expected[i]),
-                    int(bad.actual[i]),
-                    int(batch.pfn[i]),
-                    int(batch.folios.head[i]),
-                    batch.pages,
-                )
-                into.hits[hit.key] = hit
-                seen[hit.address] = int(sorted_.leaves.entry[i])
 
     def _reread(self, previous: _Pass) -> _Pass | None:
         """Read again what looked wrong: VMAs, entries and folios together, and nothing changing.
@@ -379,11 +370,37 @@ def _anon_vma_locked(context: VmaContext | None) -> bool:
     return own is not None and bool(own.write_locked)
 
 
+def _note_pages(
+    into: _Pass, check: Check, bad: PageViolations, batch: PageBatch, leaves: Leaves, seen: dict[int, int]
+) -> None:
+    """Remember what a check objects to, up to HITS_MAX, and the entries it was seen in."""
+    where = np.flatnonzero(bad.mask)
+    room = max(0, HITS_MAX - len(into.hits))
+    into.overflow += len(where[room:]) * batch.pages
+    for i in where[:room].tolist():
+        vma = batch.table.vmas[int(batch.row[i])]
+        legal = bad.legal is not None and bool(bad.legal[i])
+        hit = _PageHit(
+            check,
+            Severity.INFO if legal else check.severity,
+            vma.address,
+            (vma.vm_start, vma.vm_end),
+            int(batch.address[i]),
+            int(bad.expected[i]),
+            int(bad.actual[i]),
+            int(batch.pfn[i]),
+            int(batch.folios.head[i]),
+            batch.pages,
+        )
+        into.hits[hit.key] = hit
+        seen[hit.address] = int(leaves.entry[i])
+
+
 def _page_findings(hits: Iterable[_PageHit], transient: set[_Key], unsettled: bool) -> Iterator[Finding]:
     """One finding for all pages of a VMA that are wrong in the same way, at the first of them."""
     groups: dict[tuple[str, int, int, Severity], list[_PageHit]] = {}
     for hit in hits:
-        severity = Severity.TRANSIENT if unsettled or hit.key in transient else hit.check.severity
+        severity = Severity.TRANSIENT if unsettled or hit.key in transient else hit.severity
         key = hit.check.id, hit.vma, hit.check.alike(hit.expected, hit.actual), severity
         groups.setdefault(key, []).append(hit)
     for (id_, _, _, severity), group in groups.items():

@@ -16,6 +16,7 @@ from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.folio import Folios
 from kvirt.mm.forest import Family
+from kvirt.mm.ksm import RmapItems
 from kvirt.mm.pagetable import U64, Bool
 from kvirt.mm.rmap import AnonVma, Chain
 from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_pure_anon, vma_is_temporary_stack
@@ -99,7 +100,7 @@ class VmaTable:
 
 @dataclass(slots=True)
 class PageBatch:
-    """Present pages that have a folio and a VMA. Arrays have one element a leaf entry."""
+    """Pages in memory that have a folio and a VMA. Arrays have one element a leaf entry."""
 
     layout: Layout
     table: VmaTable
@@ -111,6 +112,10 @@ class PageBatch:
     row: npt.NDArray[np.intp]
     """Row of the page's VMA in *table*."""
     folios: Folios
+    present: Bool
+    """False where the entry only stands for the page: one that is migrating, or that a device has."""
+    rmap_items: RmapItems
+    """What KSM remembers of those that it merged."""
 
     def expected_index(self) -> U64:
         """``linear_anon_page_index()`` of each page."""
@@ -122,6 +127,14 @@ class PageBatch:
         return self.folios.index + (self.pfn - self.folios.head)
 
 
+@dataclass(slots=True)
+class EntryBatch(PageBatch):
+    """Entries that are not present and belong to anonymous memory: of swap, or standing for a page."""
+
+    cached: Bool
+    """Entries of swap with an anonymous folio in the swap cache; only those have a page frame."""
+
+
 @dataclass(frozen=True, slots=True)
 class PageViolations:
     """Which pages of a batch a check objects to, with what it expected there and what it found."""
@@ -129,12 +142,15 @@ class PageViolations:
     mask: Bool
     expected: U64
     actual: U64
+    legal: Bool | None = None
+    """Which of them are told for information only."""
 
 
 MmRun = Callable[[AddressSpace], Iterator[Violation]]
 VmaRun = Callable[[VmaContext], Iterator[Violation]]
 PageRun = Callable[[PageBatch], PageViolations]
 FamilyRun = Callable[[Family], Iterator[Violation]]
+EntryRun = Callable[[EntryBatch], PageViolations]
 
 
 def _always(layout: Layout) -> bool:
@@ -159,10 +175,11 @@ class Check:
     vma: VmaRun | None = None
     page: PageRun | None = None
     family: FamilyRun | None = None
+    entry: EntryRun | None = None
     message: str = ""
-    """For checks on pages: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in."""
+    """For checks on pages and entries: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in."""
     alike: Callable[[int, int], int] = lambda expected, actual: 0
-    """For checks on pages: those of one VMA for which this is the same are one finding."""
+    """For checks on pages and entries: those of one VMA for which this is the same are one finding."""
 
     @property
     def kernels(self) -> str:
@@ -177,7 +194,7 @@ class Check:
     @property
     def explanation(self) -> list[str]:
         """Paragraphs for people: what the check's function says of itself below its first line."""
-        run = self.mm or self.vma or self.page or self.family
+        run = self.mm or self.vma or self.page or self.entry or self.family
         assert run is not None
         return _paragraphs(run)[1:]
 
@@ -273,9 +290,28 @@ def page_check(
     return register
 
 
+def entry_check(
+    id: str,
+    severity: Severity,
+    *,
+    says: str,
+    relied_on: str,
+    message: str,
+    alike: Callable[[int, int], int],
+    applies: Callable[[Layout], bool] = _always,
+) -> Callable[[EntryRun], EntryRun]:
+    """Register an invariant of entries that are not present; the rest as for :func:`page_check`."""
+
+    def register(run: EntryRun) -> EntryRun:
+        _register(Check(id, severity, says, relied_on, applies, entry=run, message=message, alike=alike))
+        return run
+
+    return register
+
+
 def every_check() -> list[Check]:
     """All invariants, of whatever kernel."""
-    for module in ("vma", "chain", "tree", "page"):
+    for module in ("vma", "chain", "tree", "page", "swap", "ksm"):
         importlib.import_module(f"kvirt.checks.{module}")
     return list(CHECKS.values())
 

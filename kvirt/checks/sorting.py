@@ -8,34 +8,53 @@ from dataclasses import dataclass
 import drgn
 import numpy as np
 
-from kvirt.checks.registry import PageBatch, VmaTable
+from kvirt.checks.registry import EntryBatch, PageBatch, VmaTable
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
 from kvirt.mm.folio import read_folios
-from kvirt.mm.pagetable import U64, Bool, Leaves, leaf_pfn, leaf_present, leaf_special, swap_type
+from kvirt.mm.ksm import Ksm, RmapItems
+from kvirt.mm.pagetable import (
+    U64,
+    Bool,
+    Leaves,
+    leaf_pfn,
+    leaf_present,
+    leaf_special,
+    swap_offset,
+    swap_pfn,
+    swap_type,
+)
+from kvirt.mm.swap import SwapCache, swp_entry
 
 # Reasons for which a page or entry is not judged.
 SPECIAL = "special mappings without struct page"
 ZERO = "zero pages"
 NO_MAPPING = "kernel or driver pages"
 KSM = "KSM pages"
+KSM_FOREIGN = "KSM pages without an rmap_item in this process"
 HWPOISON = "poisoned pages"
 TEMPORARY_STACK = "pages of an exec's temporary stack"
 HUGETLB_UNITS = "hugetlb pages indexed in huge pages"
-NOT_PRESENT = {
-    "swap": "swap entries",
-    "hwpoison": HWPOISON,
-    "migration": "migration entries",
-    "device": "device page entries",
-    "marker": "marker entries",
-}
+MARKER = "marker entries"
+SWAP = "swap entries"
+READ_AHEAD = "swap entries whose page was only read ahead"
 # Those that no healthy process has for long: if they stay, the verdict is not complete.
 NO_VMA = "pages no VMA covers"
 UNREADABLE = "pages whose struct page cannot be read"
 FOREIGN = "pages in anonymous memory that are not anonymous"
-DOUBTS = (NO_VMA, UNREADABLE, FOREIGN)
-# Present pages that are or may be anonymous, and whose index is not compared.
-UNVERIFIED = (KSM, HWPOISON, TEMPORARY_STACK, HUGETLB_UNITS, *DOUBTS)
+KSM_BROKEN = "KSM pages whose stable node does not lead to their rmap_items"
+SWAP_UNKNOWN = "swap entries that cannot be looked up in the swap cache"
+SWAP_FOREIGN = "swap entries whose folio in the swap cache is another entry's"
+DOUBTS = (NO_VMA, UNREADABLE, FOREIGN, KSM_BROKEN, SWAP_UNKNOWN, SWAP_FOREIGN)
+# Pages that are or may be anonymous, and whose index is not compared.
+UNVERIFIED = (KSM, KSM_FOREIGN, HWPOISON, TEMPORARY_STACK, HUGETLB_UNITS, *DOUBTS)
+# Entries of swap that the accounting of pages leaves out: their pages are not in memory, or not mapped.
+SWAPPED = (SWAP, READ_AHEAD, SWAP_UNKNOWN, SWAP_FOREIGN)
+
+# Swap types whose entries stand for a page in memory: softleaf_has_pfn(), include/linux/leafops.h.
+# That of hwpoison does too, and nobody may look at the page.
+_STAND_IN = ("migration", "device-private", "device-exclusive")
+_NO_PAGE = {"hwpoison": HWPOISON, "marker": MARKER}
 
 
 @dataclass(slots=True)
@@ -45,8 +64,29 @@ class Sorted:
     batch: PageBatch
     leaves: Leaves
     """Those of the batch."""
-    doubts: dict[str, Leaves]
-    """By reason."""
+    entries: list[tuple[EntryBatch, Leaves]]
+    """Those of swap, and those that stand for anonymous pages."""
+    doubts: list[tuple[str, Leaves]]
+    """With their reasons."""
+
+
+class _Counter:
+    """Counts what is not judged, and keeps what is doubtful."""
+
+    def __init__(self, counts: PageCounts, size: int) -> None:
+        self._counts = counts
+        self._size = size
+        self.doubts: list[tuple[str, Leaves]] = []
+
+    def skip(self, reason: str, leaves: Leaves, mask: Bool) -> None:
+        number = int(mask.sum())
+        if not number:
+            return
+        self._counts.skipped[reason] += number * self._size
+        if reason in UNVERIFIED:
+            self._counts.unverified[reason] += number * self._size
+        if reason in DOUBTS:
+            self.doubts.append((reason, leaves.take(mask)))
 
 
 class Sorter:
@@ -57,37 +97,43 @@ class Sorter:
         self._layout = layout
         self._table = table
         self._huge_zero_pfn = _huge_zero_pfn(prog, layout)
+        self._swap_cache = SwapCache(prog, layout)
+        self._ksm = Ksm(prog, layout, table.space.address)
+        names = layout.swap_types.names
+        self._is_stand_in = np.array([name in _STAND_IN for name in names])
+        self._is_swap = np.array([name == "swap" for name in names])
+        self._no_page = {
+            reason: np.array([name == kind for name in names]) for kind, reason in _NO_PAGE.items()
+        }
 
     def sort(self, leaves: Leaves, counts: PageCounts) -> Sorted:
         """Sort out what cannot be judged, count it, and read the folios of the rest."""
-        layout, table, size = self._layout, self._table, leaves.pages
-        doubts: dict[str, Leaves] = {}
-
-        def skip(reason: str, mask: Bool) -> None:
-            number = int(mask.sum())
-            if number:
-                counts.skipped[reason] += number * size
-                if reason in UNVERIFIED:
-                    counts.unverified[reason] += number * size
-
-        def skip_types(types: U64) -> None:
-            for type_, number in zip(*np.unique(types, return_counts=True), strict=True):
-                counts.skipped[NOT_PRESENT[layout.swap_types.names[int(type_)]]] += int(number) * size
-
+        counter = _Counter(counts, leaves.pages)
         present = leaf_present(leaves)
-        skip_types(swap_type(leaves.take(~present)).astype(np.uint64))
-        leaves = leaves.take(present)
+        type_ = swap_type(leaves)
+        for reason, types in self._no_page.items():
+            counter.skip(reason, leaves, ~present & types[type_])
+        in_memory = present | self._is_stand_in[type_]
+        batch, batch_leaves = self._sort_pages(leaves.take(in_memory), counts, counter)
+        swapped = self._sort_swap(leaves.take(~present & self._is_swap[type_]), counts, counter)
+        absent = ~batch.present & batch.folios.is_anon()
+        stand_ins = _entries(batch, absent), batch_leaves.take(absent)
+        return Sorted(batch, batch_leaves, [swapped, stand_ins], counter.doubts)
+
+    def _sort_pages(self, leaves: Leaves, counts: PageCounts, counter: _Counter) -> tuple[PageBatch, Leaves]:
+        """Entries that map or stand for pages in memory."""
+        layout, table, size = self._layout, self._table, leaves.pages
         counts.present += len(leaves) * size
-        pfn = leaf_pfn(layout, leaves)
+        present = leaf_present(leaves)
+        pfn = np.where(present, leaf_pfn(layout, leaves), swap_pfn(layout, leaves))
         row = table.find(leaves.address)
-        zero = self._is_zero(pfn, leaves.level)
-        special = leaf_special(leaves) & ~zero
+        zero = self._is_zero(pfn, leaves.level) & present
+        special = leaf_special(leaves) & present & ~zero
         no_vma = (row < 0) & ~zero & ~special
         for reason, mask in ((ZERO, zero), (SPECIAL, special), (NO_VMA, no_vma)):
-            skip(reason, mask)
-        doubts[NO_VMA] = leaves.take(no_vma)
+            counter.skip(reason, leaves, mask)
         keep = ~(zero | special | no_vma)
-        leaves, pfn, row = leaves.take(keep), pfn[keep], row[keep]
+        leaves, pfn, row, present = leaves.take(keep), pfn[keep], row[keep], present[keep]
 
         folios = read_folios(self._prog, layout, pfn)
         poisoned = folios.readable & ((folios.flags & np.uint64(layout.pg_hwpoison)) != 0)
@@ -100,34 +146,83 @@ class Sorter:
         in_huge_units = np.zeros_like(anon)
         if not layout.hugetlb_index_in_pages:
             in_huge_units = anon & table.at(table.hugetlb, row)
+        items = self._ksm.rmap_items(leaves.address, pfn, folios)
+        unknown_ksm = ksm & ~items.found & ~items.broken
         for reason, mask in (
             (UNREADABLE, ~folios.readable),
             (HWPOISON, poisoned),
             (FOREIGN, foreign),
             (NO_MAPPING, bare),
-            (KSM, ksm),
+            (KSM if layout.ksm is None else KSM_FOREIGN, unknown_ksm),
+            (KSM_BROKEN, ksm & items.broken),
             (TEMPORARY_STACK, building),
             (HUGETLB_UNITS, in_huge_units),
         ):
-            skip(reason, mask)
-        doubts[UNREADABLE] = leaves.take(~folios.readable)
-        doubts[FOREIGN] = leaves.take(foreign)
+            counter.skip(reason, leaves, mask)
         keep = sound & ~foreign & ~bare
         counts.anon += int(anon.sum()) * size
-        counts.verified += int((anon & ~building & ~in_huge_units).sum()) * size
-        counts.checked += int((keep & ~ksm & ~building & ~in_huge_units).sum()) * size
-        leaves = leaves.take(keep)
+        judged = keep & (~ksm | items.found) & ~building & ~in_huge_units
+        counts.verified += int((judged & (anon | ksm)).sum()) * size
+        counts.checked += int(judged.sum()) * size
         batch = PageBatch(
             layout,
             table,
             leaves.level,
             size,
-            leaves.address,
+            leaves.address[keep],
             pfn[keep],
             row[keep],
             folios.take(keep),
+            present[keep],
+            items.take(keep),
         )
-        return Sorted(batch, leaves, doubts)
+        return batch, leaves.take(keep)
+
+    def _sort_swap(self, leaves: Leaves, counts: PageCounts, counter: _Counter) -> tuple[EntryBatch, Leaves]:
+        """Entries of swap."""
+        layout, table, size = self._layout, self._table, leaves.pages
+        row = table.find(leaves.address)
+        counter.skip(NO_VMA, leaves, row < 0)
+        leaves, row = leaves.take(row >= 0), row[row >= 0]
+
+        types, offsets = swap_type(leaves).astype(np.uint64), swap_offset(leaves)
+        head, known = self._swap_cache.lookup(types, offsets)
+        cached = head != 0
+        # page_swap_entry(), include/linux/swap.h: pages of a large folio have consecutive entries.
+        first = read_folios(self._prog, layout, head)
+        pfn = np.where(cached, head + swp_entry(types, offsets) - first.private, np.uint64(0))
+        folios = read_folios(self._prog, layout, pfn)
+        readable = first.readable & folios.readable
+        answers = cached & readable & (folios.head == head)
+        anon = answers & folios.is_anon()
+        ksm = answers & folios.is_ksm()
+        building = anon & table.at(table.temporary_stack, row)
+        for reason, mask in (
+            (SWAP_UNKNOWN, ~known | (cached & ~first.readable)),
+            (SWAP, known & ~cached),
+            (SWAP_FOREIGN, cached & first.readable & ~answers),
+            # Without a mapping: nobody has had it in memory since it was swapped out.
+            (READ_AHEAD, answers & ~anon & ~ksm),
+            (KSM, ksm),
+            (TEMPORARY_STACK, building),
+        ):
+            counter.skip(reason, leaves, mask)
+        judged = anon & ~building
+        counts.swapcache += int(judged.sum()) * size
+        batch = EntryBatch(
+            layout,
+            table,
+            leaves.level,
+            size,
+            leaves.address,
+            pfn,
+            row,
+            folios,
+            np.zeros(len(row), dtype=bool),
+            RmapItems.none(len(row)),
+            judged,
+        )
+        return batch, leaves
 
     def _is_zero(self, pfn: U64, level: int) -> Bool:
         if level == 0 and self._layout.zero_pfn is not None:
@@ -137,6 +232,23 @@ class Sorter:
             huge: Bool = pfn == np.uint64(self._huge_zero_pfn)
             return huge
         return np.zeros(len(pfn), dtype=bool)
+
+
+def _entries(batch: PageBatch, mask: Bool) -> EntryBatch:
+    """Some pages of a batch, as the entries that stand for them."""
+    return EntryBatch(
+        batch.layout,
+        batch.table,
+        batch.level,
+        batch.pages,
+        batch.address[mask],
+        batch.pfn[mask],
+        batch.row[mask],
+        batch.folios.take(mask),
+        batch.present[mask],
+        batch.rmap_items.take(mask),
+        np.zeros(int(mask.sum()), dtype=bool),
+    )
 
 
 def _huge_zero_pfn(prog: drgn.Program, layout: Layout) -> int | None:

@@ -72,6 +72,7 @@ def _pages(pages: PageCounts) -> dict[str, Any]:
         "checked": pages.checked,
         "verified": pages.verified,
         "unverified": dict(sorted(pages.unverified.items())),
+        "swapcache": pages.swapcache,
         "skipped": dict(sorted(pages.skipped.items())),
     }
 

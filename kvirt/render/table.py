@@ -262,6 +262,8 @@ def _pages(pages: PageCounts) -> list[str]:
         f"pages: {pages.present:,} present, of which {pages.checked:,} checked "
         f"({pages.anon:,} of them anonymous)"
     ]
+    if pages.swapcache:
+        lines.append(f"in swap, and checked in the swap cache: {pages.swapcache:,}")
     if pages.skipped:
         lines.append(f"skipped: {_reasons(pages.skipped)}")
     return lines

@@ -3,6 +3,7 @@
 
 import re
 
+from kvirt.checks.sorting import MARKER, SWAPPED
 from kvirt.findings import Severity
 from kvirt.lab.workload.regions import expand
 from kvirt.layout import Scheme
@@ -46,10 +47,35 @@ def test_warnings_are_where_odd_and_legal_states_were_provoked(whole, dump):
 def test_every_page_is_accounted_for(whole):
     for report in whole.reports.values():
         pages = report.pages
-        absent = {"swap entries", "migration entries", "marker entries", "device page entries"}
-        skipped = sum(n for reason, n in pages.skipped.items() if reason not in absent)
+        skipped = sum(n for reason, n in pages.skipped.items() if reason not in (*SWAPPED, MARKER))
         assert pages.present == pages.checked + skipped
         assert 0 < pages.anon <= pages.checked
+
+
+def test_what_the_workload_has_in_swap_is_counted_and_found_in_the_swap_cache(whole, dump):
+    cached = 0
+    for name, pid in dump.processes().items():
+        regions = [region for region in dump.workload["regions"] if region["pid"] == pid]
+        known = sum(len(expand(r.get("swapped", []))) for r in regions)
+        pages = whole.reports[pid].pages
+        swapped = sum(pages.skipped[reason] for reason in SWAPPED) + pages.swapcache
+        assert swapped == known, name
+        held = [r for r in regions if "-cached" in r["name"]]
+        assert pages.swapcache >= sum(len(expand(r.get("swapped", []))) for r in held), name
+        cached += pages.swapcache
+    assert cached > 100
+
+
+def test_ksm_pages_are_judged_where_the_kernel_keeps_their_index(whole, dump):
+    main = whole.reports[dump.pid].pages
+    merged = sum(
+        len(expand(r["written"])) for r in dump.workload["regions"] if r["name"].startswith("main/ksm/")
+    )
+    assert merged == 16
+    if whole.layout.ksm is None:
+        assert main.skipped["KSM pages"] == merged
+    else:
+        assert not any(reason.startswith("KSM") for reason in main.skipped)
 
 
 def test_every_exec_left_its_stack_displaced(whole):

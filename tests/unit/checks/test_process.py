@@ -6,7 +6,8 @@ import pytest
 from kvirt.checks import patience, process
 from kvirt.checks.process import ProcessChecker
 from kvirt.findings import Severity
-from tests.unit.fake import VMEMMAP, Memory, make_layout
+from kvirt.mm.pagetable import absent_entry as absent
+from tests.unit.fake import SWAP_INFO, SWAP_TABLES, VMEMMAP, Memory, make_layout
 
 LAYOUT = make_layout()
 MM, VMA, AVC, ANON_VMA, LEAF = (0xFFFF888000000000 + i * 0x10000 for i in range(1, 6))
@@ -215,20 +216,167 @@ def test_memory_is_bounded_when_everything_is_wrong(monkeypatch):
 
 def test_what_cannot_be_judged_is_counted():
     made_up = Process()
-    marker, swap, migration = 31 << 59, 5 << 59, 26 << 59
-    entries = [0x99 << 12 | TABLE, marker, swap | 0x4000, migration | 0x4000, 0x700 << 12 | TABLE]
+    marker, swap, migration = 31 << 59, 5 << 59, absent(26, 0x600)
+    entries = [0x99 << 12 | TABLE, marker, swap | 0x4000, migration, 0x700 << 12 | TABLE]
     made_up.memory.put_words(0x202000, entries + [0] * 507, physical=True)
     result = made_up.check(moves=False)
     # The fifth lies behind the VMA's end, before its struct page is looked for.
     assert dict(result.pages.skipped) == {
         "zero pages": 1,
         "marker entries": 1,
-        "swap entries": 1,
-        "migration entries": 1,
+        "swap entries that cannot be looked up in the swap cache": 1,
+        "pages whose struct page cannot be read": 1,
         "pages no VMA covers": 1,
     }
-    assert result.incomplete == [f"1 pages no VMA covers, the first at {START + 4 * 4096:#x}: worth a look"]
-    assert (result.pages.present, result.pages.checked) == (2, 0)
+    assert [sentence.partition(",")[0] for sentence in result.incomplete] == [
+        "1 pages no VMA covers",
+        "1 pages whose struct page cannot be read",
+        "1 swap entries that cannot be looked up in the swap cache",
+    ]
+    assert (result.pages.present, result.pages.checked) == (3, 0)
+
+
+@pytest.mark.parametrize("type_", [25, 27, 28, 30])
+def test_entries_that_stand_for_a_page_are_judged_as_the_page(type_):
+    made_up = Process()
+    entries = [absent(type_, PFN + i) for i in range(PAGES)]
+    made_up.memory.put_words(0x202000, entries + [0] * 508, physical=True)
+    result = made_up.check(moves=False)
+    assert result.findings == []
+    assert (result.pages.present, result.pages.anon, result.pages.checked) == (4, 4, 4)
+    made_up.changing(index_at(2), [word(0x1234)])
+    [finding] = made_up.check(moves=False).findings
+    assert (finding.id, finding.address, finding.actual) == ("FOLIO-INDEX", START + 2 * 4096, 0x1234)
+
+
+def swapped(made_up, entries):
+    """Have the process's pages in swap, with these entries of the swap table."""
+    made_up.memory.put_words(
+        0x202000, [absent(0, 0x1200 + i) for i in range(PAGES)] + [0] * 508, physical=True
+    )
+    area, clusters, table = (0xFFFF888010000000 + i * 0x10000 for i in range(3))
+    made_up.memory.put_words(SWAP_INFO, [area])
+    made_up.memory.put_struct(SWAP_TABLES.info, area, {"max": 0x10000, "cluster_info": clusters})
+    made_up.memory.put_words(clusters + (0x1200 // 512) * 16, [0, table])
+    made_up.memory.put_words(table, entries)
+
+
+def cached(pfn):
+    # A count of swap entries is above the page frame.
+    return 1 << 60 | pfn << 2 | 2
+
+
+def put_cached(made_up, i, index, flags=0):
+    made_up.memory.put_words(VMEMMAP + (PFN + i) * 64, [flags, 0, 0, ANON_VMA | 1, index, 0x1200 + i, 0, 0])
+
+
+def test_swap_cache():
+    made_up = Process()
+    swapped(made_up, [cached(PFN), 1 << 60 | 1, 0, cached(PFN + 3)])
+    put_cached(made_up, 0, START >> 12)
+    # Read ahead: in the swap cache, and nobody's yet.
+    made_up.memory.put_words(VMEMMAP + (PFN + 3) * 64, [0, 0, 0, 0, 0, 0x1203, 0, 0])
+    result = made_up.check(moves=False)
+    assert (result.findings, result.incomplete) == ([], [])
+    assert dict(result.pages.skipped) == {
+        "swap entries": 2,
+        "swap entries whose page was only read ahead": 1,
+    }
+    assert (result.pages.present, result.pages.swapcache) == (0, 1)
+
+
+@pytest.mark.parametrize(("flags", "severity"), [(0, Severity.INFO), (LAYOUT.pg_head, Severity.ERROR)])
+def test_wrong_index_in_the_swap_cache(flags, severity):
+    made_up = Process()
+    swapped(made_up, [cached(PFN), 0, 0, 0])
+    put_cached(made_up, 0, 0x1234, flags)
+    [finding] = made_up.check(moves=False).findings
+    assert (finding.id, finding.severity) == ("SWAPCACHE-INDEX", severity)
+    assert (finding.address, finding.expected, finding.actual) == (START, START >> 12, 0x1234)
+
+
+def test_swap_cache_that_answers_for_another_entry():
+    made_up = Process()
+    swapped(made_up, [0, cached(PFN), 0, 0])
+    put_cached(made_up, 0, START >> 12)
+    result = made_up.check(moves=False)
+    # The next page after it belongs to another folio.
+    assert dict(result.pages.skipped) == {
+        "swap entries": 3,
+        "swap entries whose folio in the swap cache is another entry's": 1,
+    }
+    assert len(result.incomplete) == 1
+
+
+@pytest.mark.parametrize("entry", [5 << 59 | 0x4000, (26 << 59) | 0])
+def test_entries_of_anonymous_memory_in_an_unfaulted_vma(entry):
+    made_up = Process()
+    head = VMA + LAYOUT.vma.offset("chain_next")
+    made_up.memory.put_struct(
+        LAYOUT.vma, VMA, {**made_up.vma, "anon_vma": 0, "chain_next": head, "chain_prev": head}
+    )
+    if entry >> 59 == 26:
+        entry = absent(26, PFN)
+    made_up.memory.put_words(0x202000, [entry] + [0] * 511, physical=True)
+    found = {f.id: f for f in made_up.check(moves=False).findings}
+    finding = found["SWAP-ENTRY-FAULTED"]
+    assert (finding.severity, finding.address, finding.actual) == (Severity.ERROR, START, 0)
+
+
+def ksm(made_up, **item):
+    """Have KSM remember the process's first page."""
+    node, link = 0xFFFF888020000000, 0xFFFF888020000100
+    made_up.memory.put_words(VMEMMAP + PFN * 64, [0, 0, 0, node | 3, 0, 0, 0, 0])
+    made_up.memory.put_struct(
+        LAYOUT.ksm.stable_node,
+        node,
+        {"first": link + LAYOUT.ksm.rmap_item.offset("next"), "kpfn": PFN, "rmap_hlist_len": 1},
+    )
+    good = {"mm": MM, "address": START | 0x200, "head": node, "anon_vma": ANON_VMA}
+    made_up.memory.put_struct(LAYOUT.ksm.rmap_item, link, {**good, "linear_page_index": START >> 12, **item})
+
+
+def test_ksm_page_is_judged_by_its_rmap_item():
+    made_up = Process()
+    ksm(made_up)
+    result = made_up.check(moves=False)
+    assert (result.findings, result.incomplete, dict(result.pages.skipped)) == ([], [], {})
+    assert (result.pages.anon, result.pages.checked) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("item", "id", "expected"),
+    [
+        ({"linear_page_index": 7}, "KSM-INDEX", START >> 12),
+        ({"anon_vma": 7}, "KSM-ANON-VMA", ANON_VMA),
+    ],
+)
+def test_ksm_looks_elsewhere(item, id, expected):
+    made_up = Process()
+    ksm(made_up, **item)
+    [finding] = made_up.check(moves=False).findings
+    assert (finding.id, finding.address) == (id, START)
+    assert (finding.expected, finding.actual) == (expected, 7)
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"mm": MM + 0x1000}, "KSM pages without an rmap_item in this process"),
+        ({"address": START}, "KSM pages whose stable node does not lead to their rmap_items"),
+        ({"head": 7}, "KSM pages whose stable node does not lead to their rmap_items"),
+        (
+            {"next": 0xFFFF888020000100 + LAYOUT.ksm.rmap_item.offset("next")},
+            "KSM pages whose stable node does not lead to their rmap_items",
+        ),
+    ],
+)
+def test_ksm_page_that_cannot_be_judged(item, reason):
+    made_up = Process()
+    ksm(made_up, **item)
+    result = made_up.check(moves=False)
+    assert (result.findings, dict(result.pages.skipped)) == ([], {reason: 1})
+    assert len(result.incomplete) == ("stable node" in reason)
 
 
 def test_lasting_damage_is_told_from_a_passing_one_beside_it():

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Invariants of what KSM merged."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvirt.checks.registry import PageBatch, PageViolations, page_check
+from kvirt.findings import Severity
+from kvirt.layout import Layout
+
+
+# What this says of itself is what `kvirt checks` prints as the kernels of an invariant.
+def _keeps_index(layout: Layout) -> bool:
+    """indexed KSM
+
+    struct ksm_rmap_item has linear_page_index, 7.3 and later
+    """
+    return layout.ksm is not None
+
+
+@page_check(
+    "KSM-INDEX",
+    Severity.ERROR,
+    says="KSM remembers of each page that it merged the anonymous page offset of the VMA at its address.",
+    relied_on="rmap_walk_ksm(), which looks for the page by it, mm/ksm.c",
+    message="KSM looks for its page frame {pfn:#x} at {actual:#x} here, and should at {expected:#x} "
+    "({delta:+d})",
+    alike=lambda expected, actual: actual - expected,
+    applies=_keeps_index,
+)
+def ksm_index(batch: PageBatch) -> PageViolations:
+    """Rmap of a KSM page finds it where it was merged.
+
+    Judged where KSM has an rmap_item for the page in this process (mm/ksm.c: stable_tree_append()). What a
+    fork inherited has none until KSM comes by, and is found by its parent's.
+    """
+    expected, actual = batch.expected_index(), batch.rmap_items.linear_page_index
+    return PageViolations(batch.rmap_items.found & (expected != actual), expected, actual)
+
+
+@page_check(
+    "KSM-ANON-VMA",
+    Severity.ERROR,
+    says="The anon_vma that KSM remembers of a page that it merged is in the chain of the page's VMA.",
+    relied_on="rmap_walk_ksm(), which looks for the VMA in its tree, mm/ksm.c",
+    message="KSM looks for its page frame {pfn:#x} on anon_vma {actual:#x}, which is not one of the VMA's",
+    alike=lambda expected, actual: actual,
+    applies=_keeps_index,
+)
+def ksm_anon_vma(batch: PageBatch) -> PageViolations:
+    """Rmap of a KSM page finds its VMA at all."""
+    expected, actual = batch.table.anon_vma[batch.row], batch.rmap_items.anon_vma
+    mask = np.zeros(len(actual), dtype=bool)
+    for i in np.flatnonzero(batch.rmap_items.found).tolist():
+        chain = batch.table.space.chains[batch.table.vmas[int(batch.row[i])].address]
+        # What a damaged chain holds is not known, and AVC-SELF reports it.
+        mask[i] = chain.broken is None and int(actual[i]) not in {link.anon_vma for link in chain.links}
+    return PageViolations(mask, expected, actual)

@@ -30,7 +30,10 @@ def test_every_invariant_is_explained(request):
     generated = head + "".join(section(check) for check in every_check()) + tail
     if request.config.getoption("--write-docs"):
         page.write_text(generated)
-    assert page.read_text() == generated, "docs/findings.md is not what the checks say: run with --write-docs"
+    assert page.read_text() == generated, (
+        "docs/findings.md is not what the checks say of themselves: put what more is to be said into the "
+        "docstring of the check, below its first line, and run with --write-docs"
+    )
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ class StructLayout:
         """
         return self.decode(prog.read(address, self.size))
 
+    def read_member(self, prog: drgn.Program, address: int, name: str) -> int:
+        """Read one member of the structure at a virtual address, where the rest of it is of no interest.
+
+        :raises drgn.FaultError: if it cannot be read
+        """
+        member = self.members[name]
+        where = (address + member.offset) & ((1 << 64) - 1)
+        return int.from_bytes(prog.read(where, member.size), "little")
+
 
 def _resolve(type_: drgn.Type, path: str) -> Member | None:
     """Find ``a.b.c`` in a structure, through anonymous members."""
@@ -126,6 +135,7 @@ VM_FLAG_BITS = {
     "SEQ_READ": 15,
     "RAND_READ": 16,
     "HUGETLB": 22,
+    "MIXEDMAP": 28,
 }
 
 _PGOFF_MEMBER = re.compile(r"^(?:__)?vm_(virt|anon)_pgoff(_lo|_hi)?$")
@@ -136,6 +146,8 @@ MMF_UNSTABLE = 1 << 22
 PF_KTHREAD = 0x00200000
 # kernel/locking/rwsem.c
 RWSEM_WRITER_LOCKED = 1
+# include/linux/fs.h
+S_DAX = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -237,8 +249,14 @@ class Layout:
     """``mapping->i_mmap``, whose nodes are in VMAs."""
     file: StructLayout
     mapping: StructLayout
+    """struct address_space: the pages of a file."""
+    inode: StructLayout
     page: StructLayout
     page_dtype: np.dtype[np.void]
+    """All members that kvirt reads; those of *large_counts* mean something in second pages only."""
+    large_counts: frozenset[str]
+    """What this kernel has in the second struct page of a large folio: some of "nr_pages",
+    "large_mapcount" and "entire_mapcount"."""
     compound_mask: bool
     """Tail pages hold a mask rather than a pointer (``compound_info_has_mask``)."""
     maple: MapleLayout
@@ -246,12 +264,16 @@ class Layout:
     """``VM_...`` masks by name without the prefix."""
     pg_hwpoison: int
     """Mask of ``PG_hwpoison`` in page flags, 0 if the kernel has none."""
+    pg_head: int
+    """Mask of ``PG_head``: the first page of a large folio."""
+    pg_anon_exclusive: int
+    """Mask of ``PG_anon_exclusive``, 0 if the kernel has none (before 5.19)."""
+    pg_double_map: int
+    """Mask of ``PG_double_map`` in the flags of the second page, 0 if the kernel has none (6.2 and later)."""
     zero_pfn: int | None
     zero_pages: int
     huge_zero_pfn_address: int | None
     """Where the kernel keeps the huge zero folio's page frame; it comes and goes."""
-    pg_head: int
-    """Mask of ``PG_head`` in page flags: the first page of a large folio."""
     swap_types: SwapTypes
     swp_pfn_mask: int
     """Bits of a swap offset that are a page frame (``SWP_PFN_MASK``)."""
@@ -464,7 +486,27 @@ def _vma(prog: drgn.Program, scheme: Scheme) -> StructLayout:
     return StructLayout(layout.type_name, layout.size, layout.members)
 
 
-def _page(prog: drgn.Program) -> tuple[StructLayout, np.dtype[np.void]]:
+def _large(prog: drgn.Program) -> dict[str, Member]:
+    """Counts of a large folio, by offset within its second struct page."""
+    members = {}
+    folio, page = prog.type("struct folio"), prog.type("struct page")
+    page_size = page.size or 0
+    for name, paths in {
+        "nr_pages": ("_nr_pages", "_folio_nr_pages"),
+        "large_mapcount": ("_large_mapcount.counter",),
+        "entire_mapcount": ("_entire_mapcount.counter",),
+    }.items():
+        found = next((m for m in (_resolve(folio, p) for p in paths) if m is not None), None)
+        if found is not None and page_size <= found.offset < 2 * page_size:
+            members[name] = Member(found.offset - page_size, found.size)
+    # Before 6.2: mm/rmap.c counted the mappings of the whole here.
+    compound = _resolve(page, "compound_mapcount.counter")
+    if "entire_mapcount" not in members and compound is not None:
+        members["entire_mapcount"] = compound
+    return members
+
+
+def _page(prog: drgn.Program, large: Mapping[str, Member]) -> tuple[StructLayout, np.dtype[np.void]]:
     # "mapping" and "index" lie at the same offsets in struct page and struct folio; a folio's are
     # those of its first page.
     layout = _struct(
@@ -480,11 +522,12 @@ def _page(prog: drgn.Program) -> tuple[StructLayout, np.dtype[np.void]]:
         },
     )
     formats = {8: "<u8", 4: "<i4"}
+    members = {**layout.members, **large}
     dtype = np.dtype(
         {
-            "names": list(layout.members),
-            "formats": [formats[m.size] for m in layout.members.values()],
-            "offsets": [m.offset for m in layout.members.values()],
+            "names": list(members),
+            "formats": [formats[m.size] for m in members.values()],
+            "offsets": [m.offset for m in members.values()],
             "itemsize": layout.size,
         }
     )
@@ -545,6 +588,14 @@ def _ksm(prog: drgn.Program) -> KsmLayout | None:
     )
 
 
+def _page_flag(prog: drgn.Program, name: str) -> int:
+    """Mask of a page flag, 0 if this kernel has none of that name."""
+    try:
+        return 1 << int(prog.constant(name).value_())
+    except LookupError:
+        return 0
+
+
 def _pgtable_levels(prog: drgn.Program) -> int:
     l5 = _number(prog, "__pgtable_l5_enabled", 4)
     return 5 if l5 else 4
@@ -573,16 +624,13 @@ def read_layout(prog: drgn.Program) -> Layout:
         )
     copy_vma = _copy_vma_parameters(prog)
     scheme = detect_scheme(_member_names(vma_type), copy_vma)
-    page, page_dtype = _page(prog)
+    large = _large(prog)
+    page, page_dtype = _page(prog, large)
     physical_mask = _number(prog, "physical_mask") or (1 << 52) - 1
     sme = _number(prog, "sme_me_mask") or 0
     zero_pfn = _number(prog, "zero_page_pfn")
     if zero_pfn is None:
         zero_pfn = _number(prog, "zero_pfn") if _variable(prog, "zero_pfn") is not None else None
-    try:
-        pg_hwpoison = 1 << int(prog.constant("PG_hwpoison").value_())
-    except LookupError:
-        pg_hwpoison = 0
     has_hwpoison = _has_function(prog, "memory_failure")
     try:
         max_swapfiles = int(prog["swap_info"].type_.length or 0)
@@ -656,16 +704,20 @@ def read_layout(prog: drgn.Program) -> Layout:
         mapping=_struct(
             prog,
             "struct address_space",
-            {"i_mmap": ["i_mmap"]},
+            {"host": ["host"], "i_mmap": ["i_mmap"]},
             {"rwsem_count": ["i_mmap_rwsem.count.counter"]},
         ),
+        inode=_struct(prog, "struct inode", {"i_blkbits": ["i_blkbits"], "i_flags": ["i_flags"]}),
         page=page,
         page_dtype=page_dtype,
+        large_counts=frozenset(large),
         compound_mask=has_mask,
         maple=_maple(prog),
         vm=_vm_flags(prog),
-        pg_hwpoison=pg_hwpoison,
-        pg_head=1 << int(prog.constant("PG_head").value_()),
+        pg_hwpoison=_page_flag(prog, "PG_hwpoison"),
+        pg_head=_page_flag(prog, "PG_head"),
+        pg_anon_exclusive=_page_flag(prog, "PG_anon_exclusive"),
+        pg_double_map=_page_flag(prog, "PG_double_map"),
         zero_pfn=zero_pfn,
         zero_pages=((_number(prog, "zero_page_mask") or 0) >> 12) + 1,
         huge_zero_pfn_address=_address(prog, "huge_zero_pfn"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import drgn
 
 from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
+from kvirt.mm.file import File, read_file
 from kvirt.mm.maple import MapleError, mt_for_each
 from kvirt.mm.rmap import AnonVma, Chain, for_each_avc, read_anon_vma
 from kvirt.mm.vma import Vma, read_vma
@@ -48,8 +49,14 @@ class AddressSpace:
     """Each anon_vma in the chains, and what it points to, by address."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """anon_vmas that could not be read, and why."""
+    files: dict[int, File | None] = field(default_factory=dict)
+    """Each file that is mapped, by the address of its ``struct file``; None if it cannot be read."""
     broken_tree: str | None = None
     """Why the maple tree could not be followed to its end, if it could not."""
+
+    def file(self, vma: Vma) -> File | None:
+        """The file that a VMA maps; None if it maps none, or if it cannot be read."""
+        return self.files.get(vma.vm_file)
 
     def vmas(self) -> Iterator[Vma]:
         """The VMAs in order of their addresses."""
@@ -63,6 +70,15 @@ def _add_anon_vma(prog: drgn.Program, space: AddressSpace, address: int) -> None
         space.anon_vmas[address] = read_anon_vma(prog, space.layout, address)
     except drgn.FaultError as error:
         space.unreadable[address] = str(error)
+
+
+def _add_file(prog: drgn.Program, space: AddressSpace, address: int) -> None:
+    if address == 0 or address in space.files:
+        return
+    try:
+        space.files[address] = read_file(prog, space.layout, address)
+    except drgn.FaultError:
+        space.files[address] = None
 
 
 def _write_locked(m: dict[str, int]) -> bool | None:
@@ -121,6 +137,7 @@ def read_address_space(prog: drgn.Program, layout: Layout, mm: int, *, rmap: boo
             chain = for_each_avc(prog, layout, vma)
             space.chains[vma.address] = chain
             _add_anon_vma(prog, space, vma.anon_vma)
+            _add_file(prog, space, vma.vm_file)
             for link in chain.links:
                 _add_anon_vma(prog, space, link.anon_vma)
         # A root that is not in any chain is damage, and a check wants to look at it.

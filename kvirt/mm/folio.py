@@ -12,6 +12,8 @@ import numpy.typing as npt
 from kvirt.layout import Layout
 from kvirt.mm.pagetable import U64, Bool
 
+I64 = npt.NDArray[np.int64]
+
 # include/linux/page-flags.h: FOLIO_MAPPING_ANON, FOLIO_MAPPING_KSM (PAGE_MAPPING_... before 6.17)
 FOLIO_MAPPING_ANON = np.uint64(1)
 FOLIO_MAPPING_KSM = np.uint64(3)
@@ -39,6 +41,20 @@ class Folios:
     """``folio->index``."""
     private: U64
     """``folio->private``; in the swap cache this is ``folio->swap.val``."""
+    astray: Bool
+    """Tail pages whose head is none, or of a folio that does not reach to them; mapping and index are 0."""
+    large: Bool
+    """``folio_test_large()``."""
+    nr_pages: I64
+    """``folio_nr_pages()``."""
+    page_mapcount: I64
+    """Entries that map the page by itself: ``page->_mapcount`` and one. Kernels with
+    CONFIG_NO_PAGE_MAPCOUNT leave it 0 in large folios."""
+    entire_mapcount: I64
+    """``folio_entire_mapcount()``: entries that map a large folio as a whole."""
+    large_mapcount: I64
+    """``folio_large_mapcount()``: all entries that map a large folio or a page of it; 0 where this
+    kernel does not count them (before 6.10)."""
 
     def take(self, mask: Bool) -> Folios:
         """Some of the page frames."""
@@ -49,6 +65,12 @@ class Folios:
             self.mapping[mask],
             self.index[mask],
             self.private[mask],
+            self.astray[mask],
+            self.large[mask],
+            self.nr_pages[mask],
+            self.page_mapcount[mask],
+            self.entire_mapcount[mask],
+            self.large_mapcount[mask],
         )
 
     def is_anon(self) -> Bool:
@@ -60,6 +82,11 @@ class Folios:
         """``folio_test_ksm()``."""
         ksm: Bool = (self.mapping & FOLIO_MAPPING_FLAGS) == FOLIO_MAPPING_KSM
         return ksm
+
+    def is_file(self) -> Bool:
+        """Neither anonymous nor of a driver that says so by the low bits."""
+        file: Bool = ((self.mapping & FOLIO_MAPPING_FLAGS) == 0) & (self.mapping != 0)
+        return file
 
     def anon_vma(self) -> U64:
         """``folio_anon_vma()`` where :meth:`is_anon`."""
@@ -125,10 +152,15 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
     heads = (pointers - base) // size
     head_unique, head_where = np.unique(heads, return_inverse=True)
     head_pages, head_readable = _read_pages(prog, layout, head_unique)
-    good = readable & head_readable[head_where]
-    mapping = np.where(good, head_pages["mapping"].astype(np.uint64)[head_where], np.uint64(0))
-    index = np.where(good, head_pages["index"].astype(np.uint64)[head_where], np.uint64(0))
-    private = np.where(good, head_pages["private"].astype(np.uint64)[head_where], np.uint64(0))
+    is_large = head_readable & ((head_pages["flags"].astype(np.uint64) & np.uint64(layout.pg_head)) != 0)
+    counts = _read_large(prog, layout, head_unique, is_large)
+    good = readable & (head_readable & counts.readable)[head_where]
+    # A page before the head wraps to a large number.
+    astray = good & tail & (unique - heads >= counts.pages[head_where].astype(np.uint64))
+    sane = good & ~astray
+    mapping = np.where(sane, head_pages["mapping"].astype(np.uint64)[head_where], np.uint64(0))
+    index = np.where(sane, head_pages["index"].astype(np.uint64)[head_where], np.uint64(0))
+    private = np.where(sane, head_pages["private"].astype(np.uint64)[head_where], np.uint64(0))
     return Folios(
         readable=good[where],
         flags=pages["flags"].astype(np.uint64)[where],
@@ -136,4 +168,56 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
         mapping=mapping[where],
         index=index[where],
         private=private[where],
+        astray=astray[where],
+        large=is_large[head_where][where],
+        nr_pages=counts.pages[head_where][where],
+        page_mapcount=(_counter(pages["mapcount"]) - counts.double[head_where])[where],
+        entire_mapcount=counts.entire[head_where][where],
+        large_mapcount=counts.large[head_where][where],
     )
+
+
+@dataclass(slots=True)
+class _LargeCounts:
+    """What large folios count in their second struct page, one element a folio."""
+
+    readable: Bool
+    pages: I64
+    """``folio_nr_pages()``"""
+    entire: I64
+    large: I64
+    double: I64
+    """1 where each page counts the mapping of the whole too (``PageDoubleMap()``, before 6.2)."""
+
+
+def _counter(stored: npt.NDArray[np.int32]) -> I64:
+    """A mapcount: the stored counters start at -1."""
+    return stored.astype(np.int64) + 1
+
+
+def _read_large(prog: drgn.Program, layout: Layout, heads: U64, is_large: Bool) -> _LargeCounts:
+    """Read the counts of those folios that are large (``struct folio``, include/linux/mm_types.h).
+
+    :param heads: their first page frames, ascending
+    """
+    zeros = np.zeros(len(heads), dtype=np.int64)
+    counts = _LargeCounts(
+        np.ones(len(heads), dtype=bool), zeros + 1, zeros.copy(), zeros.copy(), zeros.copy()
+    )
+    where = np.flatnonzero(is_large)
+    if not len(where):
+        return counts
+    # hugetlb's optimised vmemmap keeps the first page of struct pages, so the second is a real one.
+    second, counts.readable[where] = _read_pages(prog, layout, heads[where] + np.uint64(1))
+    for name, into in (("entire_mapcount", counts.entire), ("large_mapcount", counts.large)):
+        if name in layout.large_counts:
+            into[where] = _counter(second[name])
+    if "nr_pages" in layout.large_counts:
+        counts.pages[where] = second["nr_pages"].astype(np.uint32)
+    else:
+        # Not said: then nothing is beyond.
+        counts.pages[where] = np.iinfo(np.int32).max
+    if layout.pg_double_map:
+        flags = second["flags"].astype(np.uint64)
+        counts.double[where] = (flags & np.uint64(layout.pg_double_map)) != 0
+    return counts

@@ -69,9 +69,19 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         del members["anon_pgoff_lo"], members["anon_pgoff_hi"]
     page_dtype = np.dtype(
         {
-            "names": ["flags", "compound", "mapping", "index", "private", "mapcount"],
-            "formats": ["<u8", "<u8", "<u8", "<u8", "<u8", "<i4"],
-            "offsets": [0, 8, 24, 32, 40, 48],
+            "names": [
+                "flags",
+                "compound",
+                "mapping",
+                "index",
+                "private",
+                "mapcount",
+                "nr_pages",
+                "large_mapcount",
+                "entire_mapcount",
+            ],
+            "formats": ["<u8", "<u8", "<u8", "<u8", "<u8", "<i4", "<u4", "<i4", "<i4"],
+            "offsets": [0, 8, 24, 32, 40, 48, 60, 16, 24],
             "itemsize": 64,
         }
     )
@@ -123,18 +133,22 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         anon_tree=TreeLayout(32, 56, 0, 8, 16, 0, 8, 32),
         file_tree=TreeLayout(96, 120, 0, 8, 16, 0, 8, 32),
         file=_layout("struct file", 8, f_mapping=0),
-        mapping=_layout("struct address_space", 24, i_mmap=0, rwsem_count=16),
+        mapping=_layout("struct address_space", 32, i_mmap=0, rwsem_count=16, host=24),
+        inode=_layout("struct inode", 16, i_blkbits=0, i_flags=8),
         page=page,
         page_dtype=page_dtype,
+        large_counts=frozenset({"nr_pages", "large_mapcount", "entire_mapcount"}),
         compound_mask=compound_mask,
         # Sixteen and ten slots, as the kernel has them on 64 bits.
         maple=MapleLayout(32, slice(1, 16), slice(16, 32), 248, slice(1, 10), slice(10, 20), 240),
         vm={name: 1 << bit for name, bit in VM_FLAG_BITS.items()},
         pg_hwpoison=1 << 20,
+        pg_head=1 << 6,
+        pg_anon_exclusive=1 << 11,
+        pg_double_map=0,
         zero_pfn=0x99,
         zero_pages=1,
         huge_zero_pfn_address=None,
-        pg_head=1 << 6,
         swap_types=SwapTypes(swap_type_names(24, True)),
         swp_pfn_mask=(1 << 34) - 1,
         swap_cache=SWAP_TABLES,

@@ -77,15 +77,26 @@ class Whole:
     reports: dict[int, TaskReport]
 
 
+_WHOLES: dict[Path, Whole] = {}
+
+
+def whole_of(dump: Dump) -> Whole:
+    """Every process of a dump, checked once a session."""
+    if dump.core not in _WHOLES:
+        target = dump.open()
+        layout = layout_of(target.prog)
+        checker = ProcessChecker(target.prog, layout, moves=False)
+        processes = [
+            find_process(target.prog, task.pid.value_())
+            for task in for_each_task(target.prog)
+            if task.mm and task.pid == task.tgid
+        ]
+        reports = {process.pid: check_task(checker, process) for process in processes}
+        _WHOLES[dump.core] = Whole(layout, processes, reports)
+    return _WHOLES[dump.core]
+
+
 @pytest.fixture(scope="session")
 def whole(dump: Dump) -> Whole:
     """Every process of a dump, checked."""
-    target = dump.open()
-    layout = layout_of(target.prog)
-    checker = ProcessChecker(target.prog, layout, moves=False)
-    processes = [
-        find_process(target.prog, task.pid.value_())
-        for task in for_each_task(target.prog)
-        if task.mm and task.pid == task.tgid
-    ]
-    return Whole(layout, processes, {p.pid: check_task(checker, p) for p in processes})
+    return whole_of(dump)

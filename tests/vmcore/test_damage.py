@@ -6,41 +6,19 @@ import pytest
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.registry import CHECKS, all_checks
 from kvirt.checks.task import check_task
-from kvirt.errors import KvirtError
 from kvirt.findings import Severity
 from kvirt.lab.damage import DAMAGES, Scene
 from kvirt.layout import layout_of
 from kvirt.tasks import find_process
-
-
-def applies(name, layout):
-    return name.partition("/")[0] in {check.id for check in all_checks(layout)}
+from tests.vmcore.damaged import damaged
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found(dump, whole, name):
-    if not applies(name, whole.layout):
-        pytest.skip(f"{name} means nothing under the scheme {whole.layout.scheme} of this kernel.")
-    target = dump.open()
-    checker = ProcessChecker(target.prog, layout_of(target.prog), moves=False)
-    if name == "FOLIO-INDEX/file-offset" and whole.layout.scheme == "legacy":
-        pytest.skip("A legacy kernel indexes by the file offset, and is right to.")
-    if name.partition("/device")[1] and "device-private" not in whole.layout.swap_types.names:
-        pytest.skip("This kernel is built without device memory (CONFIG_DEVICE_PRIVATE).")
-    if name == "SWAPCACHE-INDEX/large" and whole.layout.scheme == "legacy":
-        pytest.skip("Linux 6.12 brings large folios back from zram without the swap cache.")
-    # The first process of the workload that has what the damage needs.
-    for pid in [dump.pid, *dump.processes().values()]:
-        process = find_process(target.prog, pid)
-        try:
-            made = DAMAGES[name](Scene(target.prog, process.mm))
-            break
-        except KvirtError as error:
-            why = str(error)
-    else:
-        raise AssertionError(f"{name} could not be made up: {why}")
-    before = {(f.id, f.vma, f.address) for f in whole.reports[pid].findings}
-    new = [f for f in check_task(checker, process).findings if (f.id, f.vma, f.address) not in before]
+    result = damaged(dump, name)
+    if result.meaningless is not None:
+        pytest.skip(result.meaningless)
+    made, new = result.made, result.new
     found = [f for f in new if f.id == made.id]
     assert found, made.description
     assert {f.id for f in new} <= {made.id} | made.also
@@ -79,6 +57,7 @@ def test_other_processes_stay_silent(dump, whole):
     target = dump.open()
     checker = ProcessChecker(target.prog, layout_of(target.prog), moves=False)
     DAMAGES["FOLIO-INDEX"](Scene(target.prog, find_process(target.prog, dump.pid).mm))
+    # All of them: what processes share is told with the first.
     for process in whole.processes:
-        if process.pid != dump.pid:
-            assert check_task(checker, process).findings == whole.reports[process.pid].findings
+        findings = check_task(checker, process).findings
+        assert (findings == whole.reports[process.pid].findings) == (process.pid != dump.pid)

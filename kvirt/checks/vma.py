@@ -73,7 +73,7 @@ def vma_tree(space: AddressSpace) -> Iterator[Violation]:
                 actual=vma.vm_end,
                 address=entry.first,
             )
-    if space.broken_tree is None and len(space.entries) != space.map_count:
+    if space.broken_tree is None and space.at is None and len(space.entries) != space.map_count:
         yield Violation(
             f"mm->map_count is {space.map_count}, and the tree holds {len(space.entries)} VMAs",
             expected=len(space.entries),

@@ -10,7 +10,7 @@ import drgn
 
 from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.file import File, read_file
-from kvirt.mm.maple import MapleError, mt_for_each
+from kvirt.mm.maple import MapleError, mas_walk, mt_for_each
 from kvirt.mm.rmap import AnonVma, Chain, for_each_avc, read_anon_vma
 from kvirt.mm.vma import Vma, read_vma
 
@@ -42,6 +42,8 @@ class AddressSpace:
     start_stack: int
     start_brk: int
     brk: int
+    at: frozenset[int] | None = None
+    """If not None, only the VMAs at these addresses were read."""
     entries: list[MmEntry] = field(default_factory=list)
     chains: dict[int, Chain] = field(default_factory=dict)
     """Chain of each VMA, by the VMA's address."""
@@ -97,14 +99,31 @@ def mm_unchanged(prog: drgn.Program, space: AddressSpace) -> bool:
     if space.lock_seq is not None:
         return m["mm_lock_seq"] == space.lock_seq
     # Kernels that do not count: what was read must read the same again.
-    again = read_address_space(prog, space.layout, space.address)
+    again = read_address_space(prog, space.layout, space.address, at=space.at)
     return again.entries == space.entries and again.chains == space.chains
 
 
-def read_address_space(prog: drgn.Program, layout: Layout, mm: int, *, rmap: bool = True) -> AddressSpace:
-    """Read a process's VMAs and, if *rmap*, their chains and anon_vmas.
+def _entries(
+    prog: drgn.Program, layout: Layout, ma_root: int, at: frozenset[int] | None
+) -> Iterator[tuple[int, int, int]]:
+    if at is None:
+        yield from mt_for_each(prog, layout, ma_root)
+        return
+    last = -1
+    for address in sorted(at):
+        if address > last:
+            first, last, entry = mas_walk(prog, layout, ma_root, address)
+            if entry:
+                yield first, last, entry
+
+
+def read_address_space(
+    prog: drgn.Program, layout: Layout, mm: int, *, at: frozenset[int] | None = None
+) -> AddressSpace:
+    """Read a process's VMAs, their chains and anon_vmas.
 
     :param mm: address of the ``struct mm_struct``
+    :param at: if given, only the VMAs at these addresses
     :raises drgn.FaultError: if the mm_struct itself cannot be read; everything else that cannot be read
         or followed is recorded
     """
@@ -121,9 +140,10 @@ def read_address_space(prog: drgn.Program, layout: Layout, mm: int, *, rmap: boo
         start_stack=m["start_stack"],
         start_brk=m["start_brk"],
         brk=m["brk"],
+        at=at,
     )
     try:
-        for first, last, entry in mt_for_each(prog, layout, m["ma_root"]):
+        for first, last, entry in _entries(prog, layout, m["ma_root"], at):
             try:
                 vma = read_vma(prog, layout, entry)
             except drgn.FaultError:
@@ -132,16 +152,15 @@ def read_address_space(prog: drgn.Program, layout: Layout, mm: int, *, rmap: boo
             space.entries.append(MmEntry(first, last, vma))
     except MapleError as error:
         space.broken_tree = str(error)
-    if rmap:
-        for vma in space.vmas():
-            chain = for_each_avc(prog, layout, vma)
-            space.chains[vma.address] = chain
-            _add_anon_vma(prog, space, vma.anon_vma)
-            _add_file(prog, space, vma.vm_file)
-            for link in chain.links:
-                _add_anon_vma(prog, space, link.anon_vma)
-        # A root that is not in any chain is damage, and a check wants to look at it.
-        for anon_vma in list(space.anon_vmas.values()):
-            _add_anon_vma(prog, space, anon_vma.root)
-            _add_anon_vma(prog, space, anon_vma.parent)
+    for vma in space.vmas():
+        chain = for_each_avc(prog, layout, vma)
+        space.chains[vma.address] = chain
+        _add_anon_vma(prog, space, vma.anon_vma)
+        _add_file(prog, space, vma.vm_file)
+        for link in chain.links:
+            _add_anon_vma(prog, space, link.anon_vma)
+    # A root that is not in any chain is damage, and a check wants to look at it.
+    for anon_vma in list(space.anon_vmas.values()):
+        _add_anon_vma(prog, space, anon_vma.root)
+        _add_anon_vma(prog, space, anon_vma.parent)
     return space

@@ -101,25 +101,37 @@ def mt_for_each(prog: drgn.Program, layout: Layout, ma_root: int) -> Iterator[tu
         stack += reversed(children)
 
 
-def mtree_load(prog: drgn.Program, layout: Layout, ma_root: int, index: int) -> int:
-    """The entry at an index of a maple tree, 0 if there is none (lib/maple_tree.c).
+def mas_walk(prog: drgn.Program, layout: Layout, ma_root: int, index: int) -> tuple[int, int, int]:
+    """The entry at an index of a maple tree with the range that it is stored for (lib/maple_tree.c).
 
     :param ma_root: value of ``mt->ma_root``
+    :return: first index, last index and entry, which is 0 if nothing is stored there
     :raises MapleError: if the tree cannot be followed to there
     """
     if not _is_node(ma_root):
-        return ma_root if index == 0 else 0
-    entry, high = ma_root, _ULONG_MAX
+        return (0, 0, ma_root) if index == 0 else (1, _ULONG_MAX, 0)
+    entry, first, high = ma_root, 0, _ULONG_MAX
     for _ in range(_HEIGHT_MAX):
         if entry & ~_NODE_MASK == 0:
             raise MapleError("a maple node has an empty slot where a node should be")
         pivots, slots, leaf = _node(prog, layout, entry, high)
         for slot, last in zip(slots, [*pivots, high], strict=True):
+            if not first <= last <= high:
+                raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} has pivots out of order")
             if index <= last:
                 entry, high = slot, last
                 break
+            first = last + 1
         else:
-            return 0
+            raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} ends before its range")
         if leaf:
-            return 0 if entry == _XA_ZERO_ENTRY else entry
+            return first, high, 0 if entry == _XA_ZERO_ENTRY else entry
     raise MapleError("the maple tree is deeper than any")
+
+
+def mtree_load(prog: drgn.Program, layout: Layout, ma_root: int, index: int) -> int:
+    """The entry at an index of a maple tree, 0 if there is none (lib/maple_tree.c).
+
+    :raises MapleError: as :func:`mas_walk`
+    """
+    return mas_walk(prog, layout, ma_root, index)[2]

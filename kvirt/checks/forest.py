@@ -112,9 +112,9 @@ class Forest:
                 fresh = dict(self._violations(family))
                 transient |= suspects - fresh.keys()
                 found.update((key, value) for key, value in fresh.items() if key in suspects)
-        elif family.locked:
+        elif family.locked or any(mm.write_locked for mm in family.mms.values()):
             transient = set(found)
-            settled = not found
+            settled = not any(one.severity in _ACCUSING for one in found.values())
         out = []
         for key, one in found.items():
             if key in transient:

@@ -26,6 +26,7 @@ from kvirt.checks.sorting import DOUBTS, Sorter
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
+from kvirt.mm.i_mmap import FileTrees
 from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf
 from kvirt.tasks import for_each_process
 
@@ -154,23 +155,49 @@ class ProcessChecker:
         suspects = first.suspects()
         transient: set[_Key] = set()
         for _ in range(patience.REREADS):
-            if not suspects:
-                break
-            again = self._reread(first)
-            if again is None:
-                transient |= suspects
-                result.incomplete.append(
-                    "what looked wrong could not be read again, because the process is exiting or changes "
-                    "its mappings all the time: try again, or check a dump of the machine"
-                )
-                break
-            stays = again.suspects()
+            whole, partial = self._sort_suspects(first, suspects)
+            stays: set[_Key] = set()
+            for keys, at in ((whole, None), (partial, self._places(first, partial))):
+                if not keys:
+                    continue
+                again = self._reread(first, at)
+                if again is None:
+                    result.incomplete.append(
+                        "what looked wrong could not be read again, because the process is exiting or "
+                        "changes its mappings all the time: try again, or check a dump of the machine"
+                    )
+                    continue
+                lasting = keys & again.suspects()
+                stays |= lasting
+                # The freshest values of what repeats; the rest keeps those that it was seen with.
+                first.violations.update((k, v) for k, v in again.violations.items() if k in lasting)
+                first.hits.update((k, v) for k, v in again.hits.items() if k in lasting)
             transient |= suspects - stays
-            suspects &= stays
-            # The freshest values of what repeats; the rest keeps those that it was seen with.
-            first.violations.update((k, v) for k, v in again.violations.items() if k in suspects)
-            first.hits.update((k, v) for k, v in again.hits.items() if k in suspects)
+            suspects = stays
+        result.incomplete[:] = dict.fromkeys(result.incomplete)
         return transient
+
+    def _sort_suspects(self, first: _Pass, suspects: set[_Key]) -> tuple[set[_Key], set[_Key]]:
+        """Those that only a reading of the whole address space can tell, and those of a place in it."""
+        whole = {
+            key
+            for key in suspects & first.violations.keys()
+            if first.violations[key][1] is None and first.violations[key][2].address is None
+        }
+        return whole, suspects - whole
+
+    def _places(self, first: _Pass, keys: set[_Key]) -> frozenset[int]:
+        """Addresses at which there is a VMA to be read again, for each of what looks wrong."""
+        at = set()
+        for key in keys:
+            if key in first.hits:
+                at.add(first.hits[key].range[0])
+            elif key in first.violations:
+                _, context, violation = first.violations[key]
+                at.add(violation.address or 0 if context is None else context.vma.vm_start)
+            else:
+                at.add(key[1])
+        return frozenset(at)
 
     def read(self, mm: int) -> AddressSpace:
         """Read an address space; while the kernel runs, preferably with nobody changing it.
@@ -197,6 +224,7 @@ class ProcessChecker:
                 into.violations[check.id, where, numbers[where]] = (check, context, violation)
                 numbers[where] += 1
 
+        files = FileTrees(self.prog, self.layout, moves=self.moves)
         for check in self._space_checks:
             if check.mm is not None:
                 note(check, 0, None, check.mm(space))
@@ -205,7 +233,7 @@ class ProcessChecker:
             if vma.vm_mm != space.address:
                 # VMA-TREE has its say on it; while a fork copies the tree it is the parent's VMA.
                 continue
-            context = VmaContext(space, vma, entry.first, entry.last, space.chains[vma.address])
+            context = VmaContext(space, vma, entry.first, entry.last, space.chains[vma.address], files)
             for check in self._space_checks:
                 if check.vma is not None:
                     note(check, vma.address, context, check.vma(context))
@@ -218,7 +246,7 @@ class ProcessChecker:
         progress: Callable[[int], None] = lambda pages: None,
     ) -> dict[int, int]:
         """Check present pages; returns the entries of those that look wrong, by address."""
-        table = VmaTable(into.space)
+        table = VmaTable(into.space, self._forest.unsound)
         sorter = Sorter(self.prog, self.layout, table)
         seen: dict[int, int] = {}
         try:
@@ -244,22 +272,24 @@ class ProcessChecker:
             into.unreadable = str(error)
         return seen
 
-    def _reread(self, previous: _Pass) -> _Pass | None:
+    def _reread(self, previous: _Pass, at: frozenset[int] | None) -> _Pass | None:
         """Read again what looked wrong: VMAs, entries and folios together, and nothing changing.
 
         Returns None if the process is gone or its mappings never stand still.
+
+        :param at: addresses of the VMAs to read; None for all of them, and then no pages
         """
         wanted = previous.addresses()
         for _ in range(patience.TRIES):
             time.sleep(patience.PAUSE)
             try:
-                again = _Pass(self.read(previous.space.address))
+                again = _Pass(read_address_space(self.prog, self.layout, previous.space.address, at=at))
                 if again.space.mm_users == 0:
                     return None
                 if again.space.write_locked:
                     continue
                 self._check_space(again)
-                if len(wanted):
+                if len(wanted) and at is not None:
                     entries = self._check_pages(again, wanted, PageCounts())
                     changed = self._changed(again, entries)
                     # Only these: one page that comes and goes does not excuse the others.

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.folio import Folios
-from kvirt.mm.forest import Family
+from kvirt.mm.forest import AnonTree, Family
+from kvirt.mm.i_mmap import FilePlace, FileTrees
 from kvirt.mm.ksm import RmapItems
 from kvirt.mm.pagetable import U64, Bool
 from kvirt.mm.rmap import AnonVma, Chain
@@ -36,7 +38,7 @@ class Violation:
     """The VMA that it is about, where the check was not asked about one VMA."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VmaContext:
     """One VMA with its entry in the maple tree and its chain."""
 
@@ -46,6 +48,13 @@ class VmaContext:
     last: int
     """The entry's range in the maple tree, both included."""
     chain: Chain
+    file_trees: FileTrees
+
+    @cached_property
+    def file_place(self) -> FilePlace | None:
+        """Its place in the tree of its file's mappings; None if it has no file, or if that cannot be read."""
+        file = self.space.file(self.vma)
+        return None if file is None else self.file_trees.place(self.vma, file.f_mapping)
 
     @property
     def layout(self) -> Layout:
@@ -64,7 +73,12 @@ class VmaContext:
 class VmaTable:
     """The VMAs of a process as arrays, to judge many pages at once."""
 
-    def __init__(self, space: AddressSpace) -> None:
+    def __init__(self, space: AddressSpace, unsound: Mapping[int, AnonTree] | None = None) -> None:
+        """Prepare.
+
+        :param unsound: trees in which the kernel may not find what is there, by anon_vma
+        """
+        self.unsound = unsound or {}
         self.vmas = sorted(space.vmas(), key=lambda v: v.vm_start)
         self.space = space
 
@@ -311,7 +325,7 @@ def entry_check(
 
 def every_check() -> list[Check]:
     """All invariants, of whatever kernel."""
-    for module in ("vma", "chain", "tree", "page", "swap", "ksm"):
+    for module in ("vma", "chain", "tree", "file", "page", "reach", "swap", "ksm"):
         importlib.import_module(f"kvirt.checks.{module}")
     return list(CHECKS.values())
 

@@ -121,13 +121,15 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         avc=_layout("struct anon_vma_chain", 64, vma=0, anon_vma=8, same_vma_next=16, same_vma_prev=24),
         anon_vma=StructLayout(
             "struct anon_vma",
-            56,
+            64,
             {
                 "root": Member(0, 8),
                 "parent": Member(8, 8),
                 "refcount": Member(16, 8),
                 "rb_root": Member(24, 16),
                 "rwsem_count": Member(40, 8),
+                "num_children": Member(48, 8),
+                "num_active_vmas": Member(56, 8),
             },
         ),
         anon_tree=TreeLayout(32, 56, 0, 8, 16, 0, 8, 32),

@@ -3,10 +3,14 @@
 
 import re
 
+from kvirt.checks import reach
+from kvirt.checks.process import ProcessChecker
 from kvirt.checks.sorting import MARKER, SWAPPED
+from kvirt.checks.task import check_task
 from kvirt.findings import Severity
 from kvirt.lab.workload.regions import expand
 from kvirt.layout import Scheme
+from kvirt.mm.forest import read_family
 
 # Reachable without a kernel bug, and provoked by these processes on purpose: MADV_WIPEONFORK leaves
 # unfaulted memory displaced, and UFFDIO_COPY prepares an anon_vma in a shared mapping.
@@ -133,3 +137,23 @@ def test_a_bulk_reading_sees_what_a_plain_loop_sees(dump, whole):
             if r["pid"] == pid and not r["prot"]
         )
         assert int(match[1]) + hidden == whole.reports[pid].pages.anon, name
+
+
+def test_the_kernels_own_walk_finds_every_page(dump, whole, monkeypatch):
+    """Sound trees are trusted without walking them: this walks them all."""
+    target = dump.open()
+    checker = ProcessChecker(target.prog, whole.layout, moves=False)
+    trees = {}
+    for process in whole.processes:
+        space = checker.read(process.mm)
+        for root in {anon_vma.root for anon_vma in space.anon_vmas.values()}:
+            family = read_family(target.prog, whole.layout, root, [])
+            trees.update(family.trees)
+    walks = []
+    find = reach._is_found
+    monkeypatch.setattr(reach, "_is_found", lambda *args: walks.append(args) or find(*args))
+    monkeypatch.setattr(checker._forest, "unsound", trees)
+    monkeypatch.setattr(checker._forest, "check", lambda space: ([], True))
+    for process in whole.processes:
+        assert [f for f in check_task(checker, process).findings if f.id == "FOLIO-RMAP-REACH"] == []
+    assert len(walks) > 1000

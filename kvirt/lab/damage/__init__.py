@@ -4,7 +4,12 @@
 Each way to break an invariant is one function of a module here, registered with ``@damage``.
 """
 
-from kvirt.lab.damage import absent, chain, page, tree, vma
+import importlib
+import pkgutil
+
 from kvirt.lab.damage.scene import DAMAGES, Damaged, Scene
 
-__all__ = ["DAMAGES", "Damaged", "Scene", "absent", "chain", "page", "tree", "vma"]
+__all__ = ["DAMAGES", "Damaged", "Scene"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -50,7 +50,7 @@ def _avc_self(scene: Scene) -> Damaged:
         "AVC-SELF",
         f"a link of the chain at {vma.vm_start:#x} names another VMA",
         vma_range(vma),
-        also=frozenset({"AVC-TREE-SUBTREE-LAST", "ANON-VMA-TREE-KEY"}),
+        also=frozenset({"AVC-TREE-SUBTREE-LAST", "ANON-VMA-TREE-KEY", "FOLIO-RMAP-REACH"}),
     )
 
 

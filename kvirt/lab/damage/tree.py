@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from kvirt.errors import KvirtError
 from kvirt.lab.damage.scene import Damaged, Scene, damage, is_faulted, vma_range
+from kvirt.mm.folio import FOLIO_MAPPING_ANON
 from kvirt.mm.forest import AnonTree, Family, read_family
 from kvirt.mm.interval_tree import Interval
 from kvirt.mm.vma import Vma, vma_pages
@@ -295,4 +296,20 @@ def _same_chain(scene: Scene) -> Damaged:
         also=frozenset(
             {"ANON-VMA-ROOT", "ROOT-IN-CHAIN", "PARENT-IN-CHAIN", "AVC-IN-TREE", "FOLIO-ANON-VMA"}
         ),
+    )
+
+
+@damage("FOLIO-RMAP-REACH")
+def _reach(scene: Scene) -> Damaged:
+    page = scene.page("small anonymous page")
+    address = page.mapping - int(FOLIO_MAPPING_ANON)
+    root = scene.space.anon_vmas[address].root
+    family = read_family(scene.prog, scene.layout, root, [page.vma.address])
+    tree = family.trees[address]
+    scene.set_word(tree.root.node + scene.layout.anon_tree.subtree_last, 0)
+    return Damaged(
+        "FOLIO-RMAP-REACH",
+        f"rb_subtree_last of the top of the tree of the anon_vma {address:#x} is 0",
+        vma_range(page.vma),
+        also=frozenset({"AVC-TREE-SUBTREE-LAST"}),
     )

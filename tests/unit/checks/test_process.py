@@ -69,6 +69,8 @@ class Process:
             "parent": ANON_VMA,
             "refcount": 1,
             "rb_root": node << 64 | node,
+            "num_children": 1,
+            "num_active_vmas": 1,
         }
         put(LAYOUT.anon_vma, ANON_VMA, self.anon_vma)
         tables = [0x200000, 0x201000, 0x202000]

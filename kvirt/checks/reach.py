@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Whether rmap, as the kernel walks it, comes from a folio to the page table entries that map it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvirt.checks.registry import PageBatch, PageViolations, page_check
+from kvirt.findings import Severity
+from kvirt.mm.forest import AnonTree
+from kvirt.mm.interval_tree import iter_intervals
+from kvirt.mm.pagetable import U64, Bool
+
+
+def _is_found(tree: AnonTree, vma: int, first: int, last: int) -> bool:
+    """Whether ``rmap_walk_anon()`` calls back for a VMA (mm/rmap.c)."""
+    found = iter_intervals(tree.nodes, tree.root, first, last)
+    return any(tree.links[interval.address].vma == vma for interval in found)
+
+
+def _classes(tree: AnonTree, first: U64, last: U64) -> U64:
+    """Numbers that are equal for folios of which every comparison in a search has the same result."""
+    points = {value for n in tree.nodes.values() for value in (n.start, n.last, n.rb.subtree_last)}
+    sorted_points = np.array(sorted(points), dtype=np.uint64)
+    columns = [np.searchsorted(sorted_points, v, side) for v in (first, last) for side in ("left", "right")]
+    _, where = np.unique(np.stack(columns), axis=1, return_inverse=True)
+    return where.reshape(-1).astype(np.uint64)
+
+
+@page_check(
+    "FOLIO-RMAP-REACH",
+    Severity.ERROR,
+    says="The kernel's walk of an anonymous folio's reverse mapping finds every VMA that maps it.",
+    relied_on="rmap_walk_anon(): reclaim, migration and compaction, mm/rmap.c",
+    message="rmap of the folio at page frame {head:#x} (index {actual:#x}) does not find this mapping of it",
+    alike=lambda expected, actual: 0,
+)
+def folio_rmap_reach(batch: PageBatch) -> PageViolations:
+    """From the folio to its mapping.
+
+    In a tree that keeps all invariants a search finds what is there, so it is tried in those that do not,
+    with the kernel's own shortcuts. Not judged here: folios with a wrong index or anon_vma.
+    """
+    table, folios, index = batch.table, batch.folios, batch.index()
+    mask: Bool = np.zeros(len(index), dtype=bool)
+    if table.unsound:
+        unsound = np.fromiter(table.unsound, dtype=np.uint64)
+        anon_vma = folios.anon_vma()
+        judged = folios.is_anon() & np.isin(anon_vma, unsound) & (batch.expected_index() == index)
+        where = np.flatnonzero(judged & ~table.temporary_stack[batch.row])
+        pairs = np.stack([batch.row[where].astype(np.uint64), anon_vma[where]])
+        for row, address in np.unique(pairs, axis=1).T.tolist():
+            vma, tree = table.vmas[row], table.unsound[address]
+            if address not in {link.anon_vma for link in table.space.chains[vma.address].links}:
+                continue
+            at = where[(pairs[0] == row) & (pairs[1] == address)]
+            first = folios.index[at]
+            last = first + folios.nr_pages[at].astype(np.uint64) - np.uint64(1)
+            number = _classes(tree, first, last)
+            for one, example in zip(*np.unique(number, return_index=True), strict=True):
+                if not _is_found(tree, vma.address, int(first[example]), int(last[example])):
+                    mask[at[number == one]] = True
+    return PageViolations(mask, batch.expected_index(), index)

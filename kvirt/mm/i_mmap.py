@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The place of a VMA in the tree of its file's mappings (``mapping->i_mmap``, mm/interval_tree.c).
+
+Everybody who maps a library is in one tree, so a place is judged by its own surroundings: the way up to the
+root, the node before, the children. Over all VMAs this judges the whole tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import drgn
+
+from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
+from kvirt.mm.interval_tree import (
+    RbNode,
+    Root,
+    TreeError,
+    climb,
+    decode_root,
+    rb_prev,
+    read_node,
+    subtree_last,
+)
+from kvirt.mm.vma import Vma, read_vma, vma_pages
+
+# While a kernel runs, a place that looks wrong is read so often until two readings are the same.
+_READINGS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlace:
+    """Where a VMA is in the tree of its file's mappings."""
+
+    node: RbNode | None = None
+    root: Root | None = None
+    lost: str | None = None
+    """Why the tree does not have it, if it does not."""
+    first: bool = False
+    """Whether no VMA comes before it in the tree's order."""
+    before: Vma | None = None
+    """The VMA that does; None if it cannot be told."""
+    subtree_last: int | None = None
+    """What ``rb_subtree_last`` should be; None if that cannot be told."""
+    locked: bool = False
+    """Whether somebody held ``i_mmap_rwsem`` for write."""
+
+    def suspicious(self, vma: Vma) -> bool:
+        """Whether anything is not as it should be."""
+        if self.lost is not None or self.node is None or self.root is None:
+            return True
+        if self.subtree_last is not None and self.subtree_last != self.node.subtree_last:
+            return True
+        if self.first:
+            return self.root.leftmost != vma.address
+        return self.before is not None and self.before.vm_pgoff > vma.vm_pgoff
+
+
+class FileTrees:
+    """Reads places in the trees of files' mappings."""
+
+    def __init__(self, prog: drgn.Program, layout: Layout, *, moves: bool) -> None:
+        """Prepare.
+
+        :param moves: whether the kernel runs while it is read; if not, no node is read twice
+        """
+        self._prog = prog
+        self._layout = layout
+        self._moves = moves
+        self._nodes: dict[int, RbNode] = {}
+
+    def place(self, vma: Vma, mapping: int) -> FilePlace:
+        """Find a VMA in the tree.
+
+        :param mapping: address of the ``struct address_space`` of its file
+        """
+        place = self._read(vma, mapping)
+        if not self._moves:
+            return place
+        for _ in range(_READINGS):
+            if not place.suspicious(vma):
+                break
+            again = self._read(vma, mapping)
+            if again == place and not place.locked:
+                break
+            place = again
+        return place
+
+    def _node(self, address: int) -> RbNode:
+        if address not in self._nodes:
+            self._nodes[address] = read_node(self._prog, self._layout.file_tree, address)
+        return self._nodes[address]
+
+    def _read(self, vma: Vma, mapping: int) -> FilePlace:
+        layout, prog = self._layout, self._prog
+        if self._moves:
+            self._nodes.clear()
+        try:
+            data = prog.read(mapping, layout.mapping.size)
+        except drgn.FaultError:
+            return FilePlace(lost=f"its file's mapping {mapping:#x} cannot be read")
+        m = layout.mapping.decode(data)
+        locked = bool(m.get("rwsem_count", 0) & RWSEM_WRITER_LOCKED)
+        root = decode_root(layout.file_tree, data, layout.mapping.offset("i_mmap"))
+        try:
+            node = self._node(vma.address)
+            climb(self._node, root, vma.address)
+        except TreeError as error:
+            return FilePlace(root=root, lost=str(error), locked=locked)
+        first, before, last = False, None, None
+        # The place of a neighbour that cannot be reached shows what is wrong with it.
+        with contextlib.suppress(TreeError, drgn.FaultError):
+            address = rb_prev(self._node, vma.address)
+            first = address == 0
+            if address:
+                before = read_vma(prog, layout, address)
+        with contextlib.suppress(TreeError):
+            last = subtree_last(self._node, node, vma.vm_pgoff + vma_pages(vma) - 1)
+        return FilePlace(node, root, None, first, before, last, locked)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""How families of anon_vmas are judged: on a dump, and while they change."""
+
+import pytest
+
+from kvirt.checks import patience
+from kvirt.findings import Severity
+from tests.unit.checks.test_process import ANON_VMA, AVC, LAYOUT, LEAF, MM, Process, leaf, word
+
+TREE = LAYOUT.anon_tree
+CHILDREN = ANON_VMA + LAYOUT.anon_vma.offset("num_children")
+SUBTREE_LAST = AVC + TREE.subtree_last
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(patience, "PAUSE", 0)
+
+
+def ids(result):
+    return [(finding.id, finding.severity) for finding in result.findings]
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_lasting_damage_is_an_error(moves):
+    made_up = Process()
+    made_up.memory.put(CHILDREN, word(5))
+    result = made_up.check(moves)
+    assert ids(result) == [("ANON-VMA-CHILDREN", Severity.ERROR)]
+    assert (result.findings[0].expected, result.findings[0].actual) == (1, 5)
+    assert result.incomplete == []
+
+
+# The first reading is that of the process.
+@pytest.mark.parametrize("readings", [2, 3, 4])
+def test_what_does_not_last_is_transient(readings):
+    made_up = Process()
+    made_up.changing(CHILDREN, [word(5)] * readings + [word(1)])
+    assert ids(made_up.check()) == [("ANON-VMA-CHILDREN", Severity.TRANSIENT)]
+
+
+def test_family_that_never_stands_still_is_not_accused():
+    made_up = Process()
+    made_up.changing(CHILDREN, [word(5 + n) for n in range(1000)])
+    result = made_up.check()
+    assert ids(result) == [("ANON-VMA-CHILDREN", Severity.TRANSIENT)]
+    assert any("being changed all the time" in sentence for sentence in result.incomplete)
+
+
+def test_family_lock_held_for_write_on_a_dump():
+    made_up = Process()
+    made_up.memory.put_struct(LAYOUT.anon_vma, ANON_VMA, {**made_up.anon_vma, "rwsem_count": 1})
+    made_up.memory.put(CHILDREN, word(5))
+    result = made_up.check(moves=False)
+    assert ids(result) == [("ANON-VMA-CHILDREN", Severity.TRANSIENT)]
+    assert result.incomplete
+
+
+def test_mmap_lock_of_a_member_held_for_write_on_a_dump():
+    made_up = Process()
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "mmap_lock_count": 1})
+    made_up.memory.put(CHILDREN, word(5))
+    result = made_up.check(moves=False)
+    assert ids(result) == [("ANON-VMA-CHILDREN", Severity.TRANSIENT)]
+    assert result.incomplete
+
+
+def test_key_of_a_single_node_that_is_stale():
+    made_up = Process()
+    last = made_up.vma["vm_pgoff"] + 3
+    made_up.memory.put(SUBTREE_LAST, word(last + 1))
+    [finding] = made_up.check(moves=False).findings
+    assert (finding.id, finding.address) == ("AVC-TREE-SUBTREE-LAST", AVC)
+    assert (finding.expected, finding.actual) == (last, last + 1)
+
+
+def test_pages_that_a_stale_key_hides_are_named_once():
+    made_up = Process()
+    made_up.memory.put(SUBTREE_LAST, word(made_up.vma["vm_pgoff"]))
+    findings = {finding.id: finding for finding in made_up.check(moves=False).findings}
+    assert set(findings) == {"AVC-TREE-SUBTREE-LAST", "FOLIO-RMAP-REACH"}
+    # The first page is still found.
+    assert findings["FOLIO-RMAP-REACH"].pages == 3
+    assert findings["FOLIO-RMAP-REACH"].address == made_up.vma["vm_start"] + 4096
+
+
+def test_lost_link_hides_all_pages():
+    made_up = Process()
+    root = ANON_VMA + LAYOUT.anon_vma.offset("rb_root")
+    made_up.memory.put(root, bytes(16))
+    findings = {finding.id: finding for finding in made_up.check(moves=False).findings}
+    assert set(findings) == {"AVC-IN-TREE", "ANON-VMA-CHILDREN", "FOLIO-RMAP-REACH"}
+    assert findings["AVC-IN-TREE"].address == AVC
+    assert findings["FOLIO-RMAP-REACH"].pages == 4
+
+
+def test_vma_that_its_mm_does_not_have_any_more():
+    made_up = Process()
+    gone = 0xFFFF888000900000
+    made_up.memory.put_struct(LAYOUT.vma, gone, {**made_up.vma, "vm_mm": MM})
+    # A second node, whose VMA no maple tree has.
+    avc = 0xFFFF888000910000
+    head = gone + LAYOUT.vma.offset("chain_next")
+    link = avc + LAYOUT.avc.offset("same_vma_next")
+    made_up.memory.put_struct(
+        LAYOUT.avc,
+        avc,
+        {"vma": gone, "anon_vma": ANON_VMA, "same_vma_next": head, "same_vma_prev": head},
+    )
+    made_up.memory.put_struct(LAYOUT.vma, gone, {**made_up.vma, "chain_next": link, "chain_prev": link})
+    made_up.memory.put_words(avc + TREE.rb, [AVC + TREE.rb, 0, 0, made_up.vma["vm_pgoff"] + 3])
+    made_up.memory.put(AVC + TREE.rb + TREE.right, word(avc + TREE.rb))
+    made_up.memory.put(ANON_VMA + LAYOUT.anon_vma.offset("num_active_vmas"), word(2))
+    result = made_up.check(moves=False)
+    assert ids(result) == [("AVC-IN-TREE", Severity.TRANSIENT)]
+    assert "munmap or exit is at work" in result.findings[0].message
+
+
+def test_tree_that_leads_nowhere_ends():
+    for member, wild in (("left", 0xDEAD000000000100), ("right", AVC + TREE.rb), ("left", 7)):
+        made_up = Process()
+        made_up.memory.put(AVC + TREE.rb + getattr(TREE, member), word(wild))
+        result = made_up.check(moves=False)
+        assert ("ANON-VMA-TREE-KEY", Severity.ERROR) in ids(result)
+
+
+def test_damaged_maple_tree_does_not_make_its_vmas_look_gone():
+    made_up = Process()
+    dead = [LEAF, *leaf()[1:]]
+    made_up.memory.put_words(LEAF, dead)
+    assert "AVC-IN-TREE" not in {finding.id for finding in made_up.check(moves=False).findings}

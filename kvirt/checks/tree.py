@@ -214,7 +214,11 @@ def anon_vma_ref(family: Family) -> Iterator[Violation]:
     """
     if not family.whole():
         return
+    in_chains = {link.anon_vma for chain in family.chains.values() for link in chain.links}
     for address, anon_vma in family.anon_vmas.items():
+        if address not in in_chains and not family.trees[address].links:
+            # No VMA leads to it any more: while the kernel runs, it was freed after its process was read.
+            continue
         least = len(family.anon_vmas) if address == family.root else 1
         if anon_vma.refcount < least:
             yield Violation(

@@ -92,6 +92,8 @@ class TaskReport:
     findings: list[Finding] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
     """Sentences: what could not be checked, and why."""
+    judged: bool = False
+    """Whether its pages were looked at, so that they are counted here."""
     gone: bool = False
     """It exited or called exec while it was read, so that nothing is said of it."""
 
@@ -109,6 +111,7 @@ class Report:
 
     max_findings: int = MAX_FINDINGS
     processes: int = 0
+    """Address spaces that were checked."""
     vmas: int = 0
     gone: int = 0
     """Processes that exited or called exec while they were read."""
@@ -124,14 +127,12 @@ class Report:
 
     def add(self, task: TaskReport) -> None:
         """Add what was found in one process."""
-        if task.gone:
-            self.gone += 1
-        else:
-            self.processes += 1
+        self.processes += task.judged
+        self.gone += task.gone
         self.vmas += task.vma_count
         self.pages.add(task.pages)
         for finding in task.findings:
-            if self.note(finding):
+            if self.note(finding) and finding.pid == task.pid:
                 self.comms[task.pid] = task.comm
         for sentence in task.incomplete:
             self.note_incomplete(sentence)

@@ -53,6 +53,7 @@ class Forest:
         self._moves = moves
         # VMAs of families that other processes belong to as well, by root: not to be looked at again.
         self._done: dict[int, U64] = {}
+        self._latest: list[int] = []
         self.unsound: dict[int, AnonTree] = {}
         """Trees in which the kernel may not find what is there, by anon_vma. Kept, for there are few."""
 
@@ -69,6 +70,7 @@ class Forest:
                 members.setdefault(root, []).append(vma.address)
         found: list[FamilyViolation] = []
         quiet = True
+        self._latest = []
         for root, vmas in members.items():
             known = self._done.get(root)
             if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
@@ -78,7 +80,17 @@ class Forest:
             found += violations
             if family.shared():
                 self._done[root] = np.fromiter(family.vmas, dtype=np.uint64)
+                self._latest.append(root)
         return found, quiet
+
+    def forget_latest(self) -> None:
+        """Have the families of the latest process checked again with the next one that is in them.
+
+        For when that process turns out to be gone, so that nothing that was found with it counts.
+        """
+        for root in self._latest:
+            self._done.pop(root, None)
+        self._latest = []
 
     def _roots(self, space: AddressSpace, vma: int) -> set[int]:
         anon_vmas = (space.anon_vmas.get(link.anon_vma) for link in space.chains[vma].links)

@@ -150,6 +150,10 @@ class ProcessChecker:
         self._note_troubles(first, result, unsettled)
         return result
 
+    def forget_latest(self) -> None:
+        """Take back what the latest process was checked for on behalf of others: it is gone."""
+        self._forest.forget_latest()
+
     def _confirm(self, first: _Pass, result: ProcessResult) -> set[_Key]:
         """Read again what looks wrong; returns the keys of what does not last."""
         suspects = first.suspects()

@@ -70,6 +70,7 @@ def check_task(
         fault = error
     if checker.moves and _is_gone(checker.prog, process):
         # Then freed memory was read, and nothing that was seen there counts.
+        checker.forget_latest()
         report.vmas = []
         report.gone = True
         report.incomplete.append(f"{who} exited or called exec while it was read.")
@@ -77,6 +78,7 @@ def check_task(
         report.incomplete.append(f"{who}: its memory map cannot be read ({fault}).")
     else:
         report.vma_count = sum(1 for vma in result.space.vmas() if vma.vm_mm == result.space.address)
+        report.judged = result.space.mm_users != 0
         report.pages = result.pages
         report.findings = [f if f.pid is not None else replace(f, pid=process.pid) for f in result.findings]
         report.incomplete += [f"{who}: {sentence}." for sentence in result.incomplete]

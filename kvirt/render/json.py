@@ -78,12 +78,12 @@ def _pages(pages: PageCounts) -> dict[str, Any]:
 
 
 def _task(task: TaskReport) -> dict[str, Any]:
-    return {
-        "pid": task.pid,
-        "comm": task.comm,
-        "vmas": [_vma(row) for row in task.vmas],
-        "pages": _pages(task.pages),
-    }
+    out: dict[str, Any] = {"pid": task.pid, "comm": task.comm}
+    # What was not looked at is left out: it is not nothing.
+    if task.judged:
+        out["vmas"] = [_vma(row) for row in task.vmas]
+        out["pages"] = _pages(task.pages)
+    return out
 
 
 def _dump(document: object) -> str:
@@ -107,6 +107,8 @@ def check_document(
     yield "{\n" + _members(head) + ',\n "tasks": ['
     separator = "\n"
     for task in tasks:
+        if task.gone:
+            continue
         yield separator + textwrap.indent(_dump(_task(task)), "  ")
         separator = ",\n"
     omitted: dict[str, dict[str, int]] = {}

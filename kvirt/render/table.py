@@ -198,6 +198,14 @@ def _alike(findings: list[Finding]) -> list[str]:
     return lines
 
 
+def _who(report: Report, pid: int | None) -> str:
+    if pid is None:
+        return "Several processes"
+    # What processes share is told with the first that was checked, and may be about another.
+    comm = report.comms.get(pid)
+    return f"PID {pid}" if comm is None else f"PID {pid} ({printable(comm)})"
+
+
 def _findings(report: Report) -> str:
     """The findings by process and invariant, the worst first."""
     processes: dict[int | None, dict[tuple[str, Severity], list[Finding]]] = {}
@@ -207,7 +215,7 @@ def _findings(report: Report) -> str:
     for pid, groups in processes.items():
         lines = [line for group in groups.values() for line in _alike(group)]
         if report.processes > 1:
-            who = "Several processes" if pid is None else f"PID {pid} ({printable(report.comms[pid])})"
+            who = _who(report, pid)
             lines.insert(0, f"{who}:")
         parts.append("\n".join(lines))
     omitted = report.omitted()
@@ -220,7 +228,7 @@ def _findings(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """The answer, in one line."""
+    """The answer, in one line if it fits."""
     summary = report.summary()
     looked = f"{plural(report.vmas, 'VMA')} and {plural(report.pages.checked, 'page')} checked"
     if report.processes > 1:
@@ -232,10 +240,12 @@ def verdict(report: Report) -> str:
     ]
     tail = f" ({', '.join(extra)})" if extra else ""
     if summary[Severity.ERROR]:
-        return f"INCONSISTENT: {plural(summary[Severity.ERROR], 'error')}{tail}; {looked}."
-    if report.incomplete_count:
-        return f"INCOMPLETE: no error found, but not everything could be checked{tail}; {looked}."
-    return f"CONSISTENT: no errors{tail}; {looked}."
+        answer = f"INCONSISTENT: {plural(summary[Severity.ERROR], 'error')}"
+    elif report.incomplete_count:
+        answer = "INCOMPLETE: no error found, but not everything could be checked"
+    else:
+        answer = "CONSISTENT: no errors"
+    return _wrap(f"{answer}{tail}; {looked}.", terminal_width(), "  ")
 
 
 def _reasons(skipped: Counter[str]) -> str:
@@ -304,7 +314,7 @@ def machine_table(target: Target, layout: Layout, report: Report) -> str:
     """What ``check-all`` prints."""
     lines = [_verified(report.pages), *_pages(report.pages)]
     if report.gone:
-        lines.append(f"{plural(report.gone, 'more process')} exited while being read, and are not judged")
+        lines.append(f"not judged, because gone before they were read: {plural(report.gone, 'process')}")
     lines += [printable(sentence) for sentence in report.incomplete]
     beyond = report.incomplete_count - len(report.incomplete)
     if beyond:

@@ -14,7 +14,7 @@ from kvirt.findings import Finding, PageCounts, Report, Severity, TaskReport, Vm
 from kvirt.layout import Scheme
 from kvirt.mm.vma import Vma, vma_kind
 from kvirt.render.json import check_document, schema
-from kvirt.render.table import _short_count, check_table, vmas_table
+from kvirt.render.table import _short_count, check_table, machine_table, vmas_table
 from kvirt.target import Kind, Target
 from tests.unit.fake import make_layout
 
@@ -88,7 +88,7 @@ def rows(layout):
 
 def sound(layout):
     listed = rows(layout)
-    task = TaskReport(42, "evil\x1b[2J", len(listed), listed)
+    task = TaskReport(42, "evil\x1b[2J", len(listed), listed, judged=True)
     skipped = Counter({"KSM pages": 30, "zero pages": 4})
     task.pages = PageCounts(1234, 600, 1200, 600, Counter({"KSM pages": 30}), skipped)
     return task
@@ -131,6 +131,8 @@ def printed_check(task, **options):
         ("consistent", lambda: printed_check(sound(make_layout()))),
         ("findings", lambda: printed_check(with_findings(make_layout()))),
         ("incomplete", lambda: printed_check(incomplete(make_layout()), vmas=False)),
+        ("machine", lambda: printed_machine(1000)),
+        ("machine-omitted", lambda: printed_machine(4)),
         (
             "legacy",
             lambda: vmas_table(
@@ -173,6 +175,107 @@ def test_verdict_and_exit_status():
     assert report(odd).exit_status(strict=True) == 0
 
 
+def test_what_was_not_looked_at_is_not_in_the_document():
+    unread = TaskReport(7, "unread", incomplete=["PID 7 (unread): its memory map cannot be read."])
+    gone = TaskReport(8, "gone", gone=True)
+    result = report(unread, gone)
+    document = json.loads("".join(check_document(TARGET, make_layout(), result, [unread, gone])))
+    jsonschema.validate(document, schema("kvirt.check/1"))
+    assert document["tasks"] == [{"pid": 7, "comm": "unread"}]
+    assert (document["totals"]["processes"], document["totals"]["gone"]) == (0, 1)
+    assert result.exit_status() == 3
+
+
+def machine():
+    """Three processes: one wrong in many ways, one in one way, one sound."""
+    layout = make_layout()
+    start = 0x7F9AE3497000
+    many = sound(layout)
+    # Every page of the first VMA in its own way, and every page of six more in the same way each.
+    many.findings = [
+        Finding("FOLIO-INDEX", Severity.ERROR, f"page frame {0x1810E + i:#x} is indexed 0x5, and should be "
+                f"{0x7F9AE3497 + i:#x}", 42, (start, start + 8192), start + i * 4096, 0x7F9AE3497 + i, 5)
+        for i in range(2)
+    ] + [
+        Finding("FOLIO-INDEX", Severity.ERROR, f"page frame {0x20000 + i:#x} is indexed 0x6, and should be "
+                f"{0x7F9AE349A + i:#x}", 42, (start + i * 12288, start + i * 12288 + 8192),
+                start + i * 12288, 0x7F9AE349A + i, 6, 2)
+        for i in range(1, 7)
+    ]  # fmt: skip
+    many.findings += [Finding("ANON-VMA-REF", Severity.INFO, "more than enough", 42, None, 0xFF00, 1, 2)] * 5
+    one = sound(layout)
+    one.pid, one.comm = 43, "other"
+    one.findings = [
+        Finding("AVC-EMPTY", Severity.WARNING, "odd", 43, (start, start + 8192)),
+        Finding("AVC-IN-TREE", Severity.ERROR, "of another, met here", 77, (start, start + 8192)),
+        Finding("AVC-IN-TREE", Severity.TRANSIENT, "going", 43, None, 0xFF00),
+    ]
+    return [many, one, sound(layout), TaskReport(99, "gone", gone=True), incomplete(layout)]
+
+
+def printed_machine(max_findings):
+    result = report(*machine(), max_findings=max_findings)
+    return machine_table(TARGET, make_layout(), result)
+
+
+@pytest.mark.parametrize("max_findings", [0, 1, 5, 12, 1000])
+def test_all_findings_count_whatever_is_listed(max_findings):
+    result = report(*machine(), max_findings=max_findings)
+    assert result.summary() == {
+        Severity.ERROR: 9,
+        Severity.WARNING: 1,
+        Severity.INFO: 5,
+        Severity.TRANSIENT: 1,
+    }
+    assert result.exit_status() == 1
+    listed = result.findings()
+    assert len(listed) == min(max_findings, 16)
+    assert result.omitted().total() + len(listed) == 16
+    # The worst are listed, and none of them is left out for a lesser one.
+    order = list(Severity)
+    ranks = [order.index(f.severity) for f in listed]
+    assert ranks == sorted([0] * 9 + [1] + [2] * 5 + [3])[:max_findings]
+
+
+def test_room_is_made_for_worse_findings():
+    result = Report(2)
+    for severity in (Severity.TRANSIENT, Severity.INFO, Severity.WARNING, Severity.ERROR, Severity.WARNING):
+        result.note(Finding("X", severity, "odd"))
+    assert [f.severity for f in result.findings()] == [Severity.ERROR, Severity.WARNING]
+    assert result.omitted() == {
+        ("X", Severity.WARNING): 1,
+        ("X", Severity.INFO): 1,
+        ("X", Severity.TRANSIENT): 1,
+    }
+
+
+def test_sentences_are_bounded_too():
+    result = Report(2)
+    for i in range(5):
+        result.note_incomplete(f"sentence {i}")
+    assert result.incomplete == ["sentence 0", "sentence 1"]
+    assert result.exit_status() == 3
+    text = machine_table(TARGET, make_layout(), result)
+    assert "and 3 more like these" in text
+    assert "anonymous pages: none were seen" in text
+
+
+@pytest.mark.parametrize(
+    ("verified", "unverified", "said"),
+    [
+        (0, {}, "none were seen"),
+        (2000, {}, "all 2,000 verified"),
+        (1999, {"KSM pages": 1}, "99.9% of 2,000 verified; not verified: 1 KSM pages"),
+        (0, {"KSM pages": 3}, "0.0% of 3 verified; not verified: 3 KSM pages"),
+    ],
+)
+def test_share_of_verified_pages(verified, unverified, said):
+    result = Report()
+    result.pages.verified = verified
+    result.pages.unverified.update(unverified)
+    assert f"anonymous pages: {said}\n" in machine_table(TARGET, make_layout(), result)
+
+
 @pytest.mark.parametrize("tasks", [(), (sound,), (with_findings, incomplete, sound)])
 @pytest.mark.parametrize("max_findings", [0, 1000])
 def test_documents_keep_their_schema(tasks, max_findings):
@@ -202,6 +305,9 @@ def test_documents_keep_their_schema(tasks, max_findings):
         if wrong and not max_findings
         else {}
     )
+    for listed in document["tasks"]:
+        assert len(listed["vmas"]) == 6
+        assert listed["pages"]["unverified"] == {"KSM pages": 30}
     document["findings"] = [{"id": "X"}]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document, schema("kvirt.check/1"))

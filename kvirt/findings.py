@@ -98,6 +98,8 @@ class TaskReport:
     """It exited or called exec while it was read, so that nothing is said of it."""
 
 
+# The invariants by which PageCounts.verified pages are judged.
+INDEX_IDS = frozenset({"FOLIO-INDEX", "KSM-INDEX"})
 # Findings, and sentences about what could not be checked, that a report keeps if not told otherwise.
 MAX_FINDINGS = 1000
 
@@ -118,6 +120,8 @@ class Report:
     pages: PageCounts = field(default_factory=PageCounts)
     counts: Counter[tuple[str, Severity]] = field(default_factory=Counter)
     """All findings, by invariant and severity."""
+    misindexed: int = 0
+    """Base pages whose index is wrong, by findings of severity error."""
     incomplete: list[str] = field(default_factory=list)
     """Sentences: what could not be checked, and why; the first *max_findings* of them."""
     incomplete_count: int = 0
@@ -143,6 +147,8 @@ class Report:
         For a worse one room is made.
         """
         self.counts[finding.id, finding.severity] += 1
+        if finding.id in INDEX_IDS and finding.severity is Severity.ERROR:
+            self.misindexed += finding.pages
         order = list(Severity)
         if sum(map(len, self._kept.values())) >= self.max_findings:
             lesser = order[order.index(finding.severity) + 1 :]

@@ -120,6 +120,7 @@ def check_document(
             "gone": report.gone,
             "vmas": report.vmas,
             "pages": _pages(report.pages),
+            "misindexed": report.misindexed,
         },
         "findings": [_finding(finding) for finding in report.findings()],
         "omitted": omitted,

@@ -252,17 +252,19 @@ def _reasons(skipped: Counter[str]) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in skipped.most_common())
 
 
-def _verified(pages: PageCounts) -> str:
+def _verified(report: Report) -> str:
     """What share of the anonymous pages was verified; never rounded up to all of them."""
+    pages = report.pages
+    wrong = f", and {report.misindexed:,} of these wrong" if report.misindexed else ""
     missing = pages.unverified.total()
     seen = pages.verified + missing
     if not seen:
         return "anonymous pages: none were seen"
     if not missing:
-        return f"anonymous pages: all {seen:,} verified"
+        return f"anonymous pages: all {seen:,} verified{wrong}"
     permille = pages.verified * 1000 // seen
     return (
-        f"anonymous pages: {permille // 10}.{permille % 10}% of {seen:,} verified; "
+        f"anonymous pages: {permille // 10}.{permille % 10}% of {seen:,} verified{wrong}; "
         f"not verified: {_reasons(pages.unverified)}"
     )
 
@@ -312,7 +314,7 @@ def check_table(
 
 def machine_table(target: Target, layout: Layout, report: Report) -> str:
     """What ``check-all`` prints."""
-    lines = [_verified(report.pages), *_pages(report.pages)]
+    lines = [_verified(report), *_pages(report.pages)]
     if report.gone:
         lines.append(f"not judged, because gone before they were read: {plural(report.gone, 'process')}")
     lines += [printable(sentence) for sentence in report.incomplete]

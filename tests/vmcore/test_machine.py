@@ -2,6 +2,9 @@
 """Every process of a dump: none is missed, none accused, and the sums are those of the parts."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import jsonschema
@@ -10,10 +13,14 @@ from drgn.helpers.linux.pid import find_task, for_each_task
 
 from kvirt.checks.machine import MachineChecker
 from kvirt.findings import Report, Severity
+from kvirt.lab.damage import Scene
 from kvirt.lab.overlay import Overlay
 from kvirt.layout import layout_of
+from kvirt.mm.vma import vma_is_cow_mapping
 from kvirt.render.json import schema
+from kvirt.render.table import machine_table
 from kvirt.tasks import for_each_process
+from tests.vmcore.conftest import TREE
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +157,61 @@ def test_damaged_table_of_pids(dump, where):
     assert any("processes may be missing" in sentence for sentence in report.incomplete)
     # PID 1 lies in the first slot.
     assert (report.processes == 0) == (where == "head")
+
+
+def test_a_process_that_is_wrong_all_over_is_told_in_a_few_lines(dump):
+    """Every VMA's offset is off by one: each page is counted, and no line is printed for each."""
+    target = dump.open()
+    [process] = [p for p in for_each_process(target.prog, moves=False).found if p.pid == dump.pid]
+    scene = Scene(target.prog, process.mm)
+    faulted = [vma for vma in scene.space.vmas() if vma.anon_vma and vma_is_cow_mapping(vma)]
+    for vma in faulted:
+        scene.set_index_base(vma, vma.anon_pgoff + 1)
+    report = MachineChecker(target.prog, layout_of(target.prog), moves=False).check(10_000)
+    found = [f for f in report.findings() if f.id == "FOLIO-INDEX"]
+    assert {f.pid for f in found} == {dump.pid}
+    assert report.counts["FOLIO-INDEX", Severity.ERROR] == len(found)
+    # One finding for all pages of a VMA, since they are wrong in the same way.
+    assert len({f.vma for f in found}) == len(found) > 50
+    [alone] = [t for t in MachineChecker(dump.open().prog, scene.layout, moves=False).tasks(Report())
+               if t.pid == dump.pid]  # fmt: skip
+    temporary = alone.pages.unverified.total()
+    assert sum(f.pages for f in found) >= alone.pages.anon - temporary
+    text = machine_table(target, scene.layout, report)
+    assert text.startswith("INCONSISTENT")
+    assert f"and {len(found) - 3} more FOLIO-INDEX in {len(found) - 3} VMAs" in " ".join(text.split())
+    wrong = sum(f.pages for f in report.findings() if f.id in ("FOLIO-INDEX", "KSM-INDEX"))
+    assert f" verified, and {wrong:,} of these wrong" in text
+    # What else it breaks is told in as few lines of each process.
+    groups = {(f.pid, f.id, f.severity) for f in report.findings()}
+    assert len(text.splitlines()) < 15 * len(groups) + 15
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_process_whose_memory_map_cannot_be_read(dump):
+    target = dump.open()
+    task = find_task(target.prog, dump.pid)
+    Overlay(target.prog).write(task.mm.address_of_().value_(), (0xDEAD000000000000).to_bytes(8, "little"))
+    report = MachineChecker(target.prog, layout_of(target.prog), moves=False).check()
+    assert report.processes == len(address_spaces(dump.open().prog)) - 1
+    [sentence] = [s for s in report.incomplete if f"PID {dump.pid} " in s]
+    assert "memory map cannot be read" in sentence
+    assert report.exit_status() == 3
+
+
+def peak_rss(dump, *arguments):
+    """Of one run of kvirt on a dump, in kilobytes."""
+    argv = [sys.executable, "-m", "kvirt", "-c", dump.core, "-s", dump.vmlinux, *arguments]
+    process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, cwd=TREE)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss
+
+
+def test_memory_is_that_of_the_largest_process(dump, whole):
+    largest = max(whole.reports.values(), key=lambda report: report.pages.present).pid
+    one = peak_rss(dump, "check-pid", largest, "--format", "json")
+    everything = peak_rss(dump, "check-all", "--format", "json")
+    print(f"peak resident: {one >> 10} MiB for PID {largest}, {everything >> 10} MiB for all")
+    assert everything < one * 1.2

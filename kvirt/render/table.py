@@ -159,8 +159,9 @@ def _wrap(text: str, width: int, indent: str) -> str:
     return "\n".join(lines)
 
 
-# Of findings of one invariant in one process, so many are told one by one.
-ALIKE_SHOWN = 3
+# Of findings of one invariant in one process, so many are told in full. Those that accuse nobody need
+# no more than an example.
+ALIKE_SHOWN = {Severity.ERROR: 3, Severity.WARNING: 3, Severity.INFO: 1, Severity.TRANSIENT: 1}
 
 
 def _in_full(f: Finding) -> list[str]:
@@ -184,8 +185,9 @@ def _alike(findings: list[Finding]) -> list[str]:
         numbered.append((nth[f.vma], f))
         nth[f.vma] += 1
     ordered = [f for _, f in sorted(numbered, key=lambda pair: pair[0])]
-    lines = [line for f in ordered[:ALIKE_SHOWN] for line in _in_full(f)]
-    more = ordered[ALIKE_SHOWN:]
+    shown = ALIKE_SHOWN[findings[0].severity]
+    lines = [line for f in ordered[:shown] for line in _in_full(f)]
+    more = ordered[shown:]
     if more:
         text = f"and {len(more):,} more {more[0].id}"
         ranges = sorted({f.vma for f in more if f.vma is not None})

@@ -7,6 +7,7 @@ import numpy as np
 
 from kvirt.checks.registry import PageBatch, PageViolations, page_check
 from kvirt.findings import Severity
+from kvirt.layout import Layout
 
 
 @page_check(
@@ -21,12 +22,11 @@ def folio_index(batch: PageBatch) -> PageViolations:
     """Every anonymous folio is where rmap looks for it.
 
     Judged too: pages that are migrating or that a device has. Not judged: KSM pages, which have no index,
-    and the stack of an exec under way, which is moved with its old index.
+    and the stack of an exec under way, which is moved with its old index. Kernels before 6.7 index hugetlb
+    pages in huge pages, and are judged so.
     """
     expected, actual = batch.expected_index(), batch.index()
     judged = batch.folios.is_anon() & ~batch.table.temporary_stack[batch.row]
-    if not batch.layout.hugetlb_index_in_pages:
-        judged &= ~batch.table.hugetlb[batch.row]
     return PageViolations(judged & (expected != actual), expected, actual)
 
 
@@ -78,3 +78,77 @@ def anon_folio_in_noncow(batch: PageBatch) -> PageViolations:
     anonymous = batch.folios.is_anon() | batch.folios.is_ksm()
     zero = np.zeros(len(batch.address), dtype=np.uint64)
     return PageViolations(anonymous & ~batch.table.cow[batch.row], zero, batch.folios.mapping)
+
+
+@page_check(
+    "FILE-INDEX",
+    Severity.WARNING,
+    says="The index of a folio of the mapped file is the VMA's file offset at the page's address.",
+    relied_on="rmap_walk_file(), which would miss the page, mm/rmap.c",
+    message="the file's page frame {pfn:#x} is indexed {actual:#x}, and should be {expected:#x} ({delta:+d})",
+    alike=lambda expected, actual: actual - expected,
+)
+def file_index(batch: PageBatch) -> PageViolations:
+    """Every page of a file is where rmap looks for it.
+
+    A warning, because drivers map what they like. Not judged, and counted by reason: VM_PFNMAP and
+    VM_MIXEDMAP mappings, storage that is mapped directly (DAX), pages of another file than the VMA's, and
+    pages that are no file's any more (truncated).
+    """
+    expected, actual = batch.expected_file_index(), batch.index()
+    return PageViolations(batch.folios.is_file() & (expected != actual), expected, actual)
+
+
+def _marks_exclusive(layout: Layout) -> bool:
+    """exclusive mark
+
+    PG_anon_exclusive, 5.19 and later
+    """
+    return layout.pg_anon_exclusive != 0
+
+
+@page_check(
+    "FOLIO-EXCL",
+    Severity.WARNING,
+    says="An anonymous page that is marked exclusive is mapped once.",
+    relied_on="do_wp_page(), which would write to what another process reads, mm/memory.c",
+    message="page frame {pfn:#x} is marked exclusive, and mapped {actual} times",
+    alike=lambda expected, actual: actual,
+    applies=_marks_exclusive,
+)
+def folio_exclusive(batch: PageBatch) -> PageViolations:
+    """PG_anon_exclusive is true (include/linux/page-flags.h).
+
+    What is mapped as a whole, a huge page, has the mark on its first page, for all of it. Kernels built
+    with CONFIG_NO_PAGE_MAPCOUNT do not count the mappings of a large folio's single pages: there only small
+    pages and whole folios are judged.
+    """
+    folios = batch.folios
+    exclusive = (folios.flags & np.uint64(batch.layout.pg_anon_exclusive)) != 0
+    count = folios.page_mapcount + folios.entire_mapcount
+    counted = np.ones(len(count), dtype=bool)
+    if batch.level and "large_mapcount" in batch.layout.large_counts:
+        count = folios.large_mapcount
+    elif not batch.level:
+        counted = ~folios.large | (count > 0)
+    once = np.ones(len(count), dtype=np.uint64)
+    bad = batch.present & folios.is_anon() & exclusive & counted & (count != 1)
+    return PageViolations(bad, once, count.astype(np.uint64))
+
+
+@page_check(
+    "FOLIO-TAIL",
+    Severity.ERROR,
+    says="A page of a large folio lies within the folio that it leads to.",
+    relied_on="page_folio(), include/linux/page-flags.h",
+    message="page frame {pfn:#x} leads to the folio at page frame {head:#x}, which ends at {expected:#x}",
+    alike=lambda expected, actual: expected,
+)
+def folio_tail(batch: PageBatch) -> PageViolations:
+    """The way from a tail page to its head is right.
+
+    What such a page's folio says of itself is not looked at, so nothing else is reported of the page.
+    """
+    folios = batch.folios
+    last = folios.head + folios.nr_pages.astype(np.uint64) - np.uint64(1)
+    return PageViolations(folios.astray, last, batch.pfn)

@@ -328,6 +328,9 @@ class ProcessChecker:
                 f"{len(tables)} of its page tables cannot be read, the first for address {tables[0]:#x}: "
                 "the dump may lack them, or they are damaged"
             )
+        lost = sum(file is None for file in space.files.values())
+        if lost:
+            note(f"{lost} of the files that it maps cannot be read, so their pages' indexes were not checked")
         for reason in DOUBTS:
             found = {address: n for (r, address, _), n in first.doubts.items() if r == reason}
             if found:

@@ -91,10 +91,16 @@ class VmaTable:
         self.start = array(v.vm_start for v in self.vmas)
         self.end = array(v.vm_end for v in self.vmas)
         self.anon_pgoff = array(v.anon_pgoff for v in self.vmas)
+        self.vm_pgoff = array(v.vm_pgoff for v in self.vmas)
         self.anon_vma = array(v.anon_vma for v in self.vmas)
+        files = [space.file(v) for v in self.vmas]
+        self.f_mapping = array(0 if file is None else file.f_mapping for file in files)
         self.cow = flags(vma_is_cow_mapping(v) for v in self.vmas)
         self.hugetlb = flags(v.flag("HUGETLB") for v in self.vmas)
         self.pure = flags(vma_is_pure_anon(v) for v in self.vmas)
+        # Pages in these are not told from others by what they are, or are no page cache.
+        self.raw = flags(v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in self.vmas)
+        self.dax = flags(file is not None and file.dax for file in files)
         self.temporary_stack = flags(vma_is_temporary_stack(v) for v in self.vmas)
 
     def at(self, values: Bool, row: npt.NDArray[np.intp]) -> Bool:
@@ -133,12 +139,31 @@ class PageBatch:
 
     def expected_index(self) -> U64:
         """``linear_anon_page_index()`` of each page."""
-        table, shift = self.table, np.uint64(self.layout.page_shift)
-        return table.anon_pgoff[self.row] + ((self.address - table.start[self.row]) >> shift)
+        return self._linear(self.table.anon_pgoff)
+
+    def expected_file_index(self) -> U64:
+        """``linear_page_index()`` of each page."""
+        return self._linear(self.table.vm_pgoff)
 
     def index(self) -> U64:
         """``folio->index`` plus the page's number within the folio."""
-        return self.folios.index + (self.pfn - self.folios.head)
+        return self.folios.index + ((self.pfn - self.folios.head) >> self._unit())
+
+    def _linear(self, pgoff: U64) -> U64:
+        unit, row = self._unit(), self.row
+        delta = (self.address - self.table.start[row]) >> np.uint64(self.layout.page_shift)
+        return (pgoff[row] >> unit) + (delta >> unit)
+
+    def _unit(self) -> U64:
+        """Order of the units in which the folio of each page is indexed.
+
+        Those of hugetlb were huge pages once (include/linux/pagemap.h: linear_page_index() before 6.7),
+        of which an entry maps one.
+        """
+        if self.layout.hugetlb_index_in_pages:
+            return np.zeros(len(self.row), dtype=np.uint64)
+        order = self.pages.bit_length() - 1
+        return np.where(self.table.hugetlb[self.row], np.uint64(order), np.uint64(0))
 
 
 @dataclass(slots=True)

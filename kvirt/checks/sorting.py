@@ -34,10 +34,12 @@ KSM = "KSM pages"
 KSM_FOREIGN = "KSM pages without an rmap_item in this process"
 HWPOISON = "poisoned pages"
 TEMPORARY_STACK = "pages of an exec's temporary stack"
-HUGETLB_UNITS = "hugetlb pages indexed in huge pages"
 MARKER = "marker entries"
 SWAP = "swap entries"
 READ_AHEAD = "swap entries whose page was only read ahead"
+RAW_MAPPING = "pages that a driver maps as it likes"
+DAX = "pages of storage mapped directly"
+OTHER_FILE = "pages of another file than the VMA's"
 # Those that no healthy process has for long: if they stay, the verdict is not complete.
 NO_VMA = "pages no VMA covers"
 UNREADABLE = "pages whose struct page cannot be read"
@@ -47,7 +49,7 @@ SWAP_UNKNOWN = "swap entries that cannot be looked up in the swap cache"
 SWAP_FOREIGN = "swap entries whose folio in the swap cache is another entry's"
 DOUBTS = (NO_VMA, UNREADABLE, FOREIGN, KSM_BROKEN, SWAP_UNKNOWN, SWAP_FOREIGN)
 # Pages that are or may be anonymous, and whose index is not compared.
-UNVERIFIED = (KSM, KSM_FOREIGN, HWPOISON, TEMPORARY_STACK, HUGETLB_UNITS, *DOUBTS)
+UNVERIFIED = (KSM, KSM_FOREIGN, HWPOISON, TEMPORARY_STACK, *DOUBTS)
 # Entries of swap that the accounting of pages leaves out: their pages are not in memory, or not mapped.
 SWAPPED = (SWAP, READ_AHEAD, SWAP_UNKNOWN, SWAP_FOREIGN)
 
@@ -140,12 +142,15 @@ class Sorter:
         sound = folios.readable & ~poisoned
         anon, ksm = folios.is_anon() & sound, folios.is_ksm() & sound
         # Nothing but anonymous memory can be faulted into a VMA without operations and file.
-        foreign = sound & ~anon & ~ksm & table.at(table.pure, row)
-        bare = sound & ~foreign & (folios.mapping == 0)
+        foreign = sound & ~folios.astray & ~anon & ~ksm & table.at(table.pure, row)
+        bare = sound & ~folios.astray & ~foreign & (folios.mapping == 0)
         building = anon & table.at(table.temporary_stack, row)
-        in_huge_units = np.zeros_like(anon)
-        if not layout.hugetlb_index_in_pages:
-            in_huge_units = anon & table.at(table.hugetlb, row)
+        file = folios.is_file() & sound & ~foreign
+        # VM_PFNMAP or VM_MIXEDMAP: vm_normal_page(), mm/memory.c
+        raw = file & table.at(table.raw, row)
+        dax = file & ~raw & table.at(table.dax, row)
+        own = folios.mapping == table.f_mapping[row]
+        other_file = sound & ~(folios.astray | foreign | bare | anon | ksm | raw | dax | own)
         items = self._ksm.rmap_items(leaves.address, pfn, folios)
         unknown_ksm = ksm & ~items.found & ~items.broken
         for reason, mask in (
@@ -156,12 +161,14 @@ class Sorter:
             (KSM if layout.ksm is None else KSM_FOREIGN, unknown_ksm),
             (KSM_BROKEN, ksm & items.broken),
             (TEMPORARY_STACK, building),
-            (HUGETLB_UNITS, in_huge_units),
+            (RAW_MAPPING, raw),
+            (DAX, dax),
+            (OTHER_FILE, other_file),
         ):
             counter.skip(reason, leaves, mask)
-        keep = sound & ~foreign & ~bare
+        keep = sound & ~(foreign | bare | raw | dax | other_file)
         counts.anon += int(anon.sum()) * size
-        judged = keep & (~ksm | items.found) & ~building & ~in_huge_units
+        judged = keep & (~ksm | items.found) & ~building
         counts.verified += int((judged & (anon | ksm)).sum()) * size
         counts.checked += int(judged.sum()) * size
         batch = PageBatch(

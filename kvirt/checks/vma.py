@@ -186,3 +186,31 @@ def anonvma_in_noncow(context: VmaContext) -> Iterator[Violation]:
             expected=0,
             actual=vma.anon_vma,
         )
+
+
+@vma_check(
+    "HUGETLB-ALIGN",
+    Severity.ERROR,
+    says="The page offsets of a hugetlb VMA are multiples of its huge page.",
+    relied_on="hugetlb_linear_page_index(), include/linux/hugetlb.h",
+)
+def hugetlb_align(context: VmaContext) -> Iterator[Violation]:
+    """No huge page begins within another.
+
+    Both offsets, where there are two.
+    """
+    vma = context.vma
+    file = context.space.file(vma)
+    if not vma.flag("HUGETLB") or file is None:
+        return
+    pages = 1 << max(file.blkbits - vma.layout.page_shift, 0)
+    offsets = {"vm_pgoff": vma.vm_pgoff}
+    if vma.layout.scheme is not Scheme.LEGACY:
+        offsets["the anonymous offset"] = vma.anon_pgoff
+    for name, offset in offsets.items():
+        if offset % pages:
+            yield Violation(
+                f"{name} is not a multiple of the {pages} pages of a huge page",
+                expected=offset - offset % pages,
+                actual=offset,
+            )

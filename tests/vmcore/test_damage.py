@@ -28,8 +28,13 @@ def test_damage_is_found(dump, whole, name):
         if (made.vma is None or f.vma == made.vma) and (made.address is None or f.address == made.address)
     ]
     assert named, (made, found)
+    if not made.spread:
+        assert len(found) == made.findings, found
+        assert made.vma is None or {f.vma for f in found} == {made.vma}, found
+    if made.expected is not None:
+        assert {f.expected for f in named} == {made.expected}
     if made.address is not None:
-        assert [f.pages for f in found] == [made.pages]
+        assert [f.pages for f in named] == [made.pages]
     # On kernels that leave the source of MREMAP_DONTUNMAP displaced, being so is no news.
     expected = {made.severity or CHECKS[made.id].severity}
     if made.id == "LEG-UNFAULTED-PGOFF" and not whole.layout.dontunmap_resets_pgoff:

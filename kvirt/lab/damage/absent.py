@@ -51,15 +51,16 @@ def _cached(scene: Scene, *, large: bool) -> tuple[Page, int]:
     for leaves in _swap_entries(scene):
         heads, _ = cache.lookup(swap_type(leaves).astype(np.uint64), swap_offset(leaves))
         folios = read_folios(scene.prog, scene.layout, heads)
-        is_large = (folios.flags & np.uint64(scene.layout.pg_head)) != 0
-        for i in np.flatnonzero((heads != 0) & folios.is_anon() & (is_large == large)).tolist():
+        for i in np.flatnonzero((heads != 0) & folios.is_anon() & (folios.large == large)).tolist():
             if (vma := _covering(scene, int(leaves.address[i]))) is not None:
                 page = Page(
                     vma,
                     int(leaves.address[i]),
                     int(heads[i]),
+                    int(heads[i]),
                     int(folios.index[i]),
                     int(folios.mapping[i]),
+                    int(folios.flags[i]),
                 )
                 return page, int((heads == heads[i]).sum())
     size = "large" if large else "small"

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 
 import drgn
 import numpy as np
+from drgn.helpers.linux.pid import for_each_task
 
 from kvirt.errors import KvirtError
 from kvirt.findings import Severity
 from kvirt.lab.overlay import Overlay
 from kvirt.layout import Layout, Scheme, StructLayout, layout_of
 from kvirt.mm.address_space import AddressSpace, read_address_space
-from kvirt.mm.folio import read_folios
-from kvirt.mm.pagetable import WalkTroubles, for_each_leaf, leaf_pfn, leaf_present, leaf_special
+from kvirt.mm.folio import Folios, read_folios
+from kvirt.mm.pagetable import U64, Bool, WalkTroubles, for_each_leaf, leaf_pfn, leaf_present, leaf_special
+from kvirt.mm.rmap import AnonVma
 from kvirt.mm.vma import Vma
 
 
@@ -32,21 +34,55 @@ class Damaged:
     """Address of the page that the finding must name."""
     also: frozenset[str] = field(default_factory=frozenset)
     """Invariants that are broken by the same damage."""
+    expected: int | None = None
+    """What the finding must say that should be there."""
     pages: int = 1
     """Base pages that the finding must count, where it names one."""
     severity: Severity | None = None
     """Where it differs from the invariant's own."""
+    findings: int = 1
+    """How many findings of the invariant it warrants."""
+    spread: bool = False
+    """Whether other VMAs of the process rest on what is damaged, and are found too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A small anonymous page that only one process maps."""
+    """A page that a process maps."""
 
     vma: Vma
     address: int
     pfn: int
+    head: int
+    """Page frame of its folio."""
     index: int
+    """``folio->index``"""
     mapping: int
+    """``folio->mapping``"""
+    flags: int
+    """``page->flags``"""
+
+
+class Inapplicable(KvirtError):
+    """A damage that means nothing on this kernel."""
+
+
+def small_anon(pfn: U64, folios: Folios) -> Bool:
+    """Small anonymous pages that are mapped once."""
+    once: Bool = folios.is_anon() & ~folios.large & (folios.page_mapcount == 1)
+    return once
+
+
+def small_file(pfn: U64, folios: Folios) -> Bool:
+    """Small pages of files that are mapped once."""
+    once: Bool = folios.is_file() & ~folios.large & (folios.page_mapcount == 1)
+    return once
+
+
+def anon_tail(pfn: U64, folios: Folios) -> Bool:
+    """Pages of large anonymous folios, without the first."""
+    tail: Bool = folios.is_anon() & folios.large & (pfn != folios.head)
+    return tail
 
 
 class Scene:
@@ -63,6 +99,7 @@ class Scene:
         self.overlay = Overlay(prog)
         self.space: AddressSpace = read_address_space(prog, self.layout, mm)
         self.at = at
+        self._elsewhere: dict[int, AnonVma] | None = None
 
     def vmas(self) -> Iterator[Vma]:
         """The VMAs that may be damaged."""
@@ -81,60 +118,57 @@ class Scene:
         where = "the process" if self.at is None else f"the VMA at {self.at:#x}"
         raise KvirtError(f"{where} has no {wanted}, which this damage needs: choose another one.")
 
-    def page(self, wanted: str, fits: Callable[[Vma], bool] = lambda vma: True) -> Page:
-        """The first small anonymous page, mapped once, in a VMA that fits."""
-        for vma in self.vmas():
-            if not vma.anon_vma or not fits(vma):
-                continue
-            addresses = np.arange(vma.vm_start, vma.vm_end, self.layout.page_size, dtype=np.uint64)
-            if self.at is not None:
-                addresses = addresses[addresses == self.at & ~(self.layout.page_size - 1)]
-            for leaves in for_each_leaf(self.prog, self.layout, self.space.pgd, WalkTroubles(), addresses):
-                if leaves.level:
-                    continue
-                leaves = leaves.take(leaf_present(leaves) & ~leaf_special(leaves))
-                pfns = leaf_pfn(self.layout, leaves)
-                folios = read_folios(self.prog, self.layout, pfns)
-                for i in np.flatnonzero(folios.is_anon()).tolist():
-                    if self._is_small_and_mapped_once(int(pfns[i])):
-                        return Page(
-                            vma,
-                            int(leaves.address[i]),
-                            int(pfns[i]),
-                            int(folios.index[i]),
-                            int(folios.mapping[i]),
-                        )
+    def page(
+        self,
+        wanted: str,
+        fits: Callable[[Vma], bool] = lambda vma: True,
+        of: Callable[[U64, Folios], Bool] = small_anon,
+        level: int = 0,
+    ) -> Page:
+        """The first page of a kind in a VMA that fits.
+
+        :param of: which of the given page frames are of the kind
+        :param level: of the entry that maps it
+        """
+        for page in self.pages(fits, of, level):
+            return page
         raise KvirtError(f"The process has no {wanted}, which this damage needs: choose another one.")
 
-    def huge_page(self) -> Page:
-        """The first anonymous page that is mapped whole by an entry of the second level."""
+    def pages(
+        self, fits: Callable[[Vma], bool], of: Callable[[U64, Folios], Bool], level: int = 0
+    ) -> Iterator[Page]:
+        """All pages of a kind in VMAs that fit."""
+        at = self.at
         for leaves in for_each_leaf(self.prog, self.layout, self.space.pgd, WalkTroubles()):
-            if leaves.level != 1:
+            if leaves.level != level:
                 continue
             leaves = leaves.take(leaf_present(leaves) & ~leaf_special(leaves))
             pfns = leaf_pfn(self.layout, leaves)
             folios = read_folios(self.prog, self.layout, pfns)
+            size = leaves.pages * self.layout.page_size
+            right = of(pfns, folios) & folios.readable
             for vma in self.vmas():
-                inside = (leaves.address >= vma.vm_start) & (leaves.address < vma.vm_end)
-                for i in np.flatnonzero(folios.is_anon() & inside).tolist():
-                    return Page(
-                        vma,
-                        int(leaves.address[i]),
-                        int(pfns[i]),
-                        int(folios.index[i]),
-                        int(folios.mapping[i]),
-                    )
-        raise KvirtError(
-            "The process maps no huge anonymous page, which this damage needs: choose another one."
-        )
+                inside = (leaves.address >= vma.vm_start) & (leaves.address < vma.vm_end) & right
+                if not inside.any() or not fits(vma):
+                    continue
+                for i in np.flatnonzero(inside).tolist():
+                    address = int(leaves.address[i])
+                    if at is None or address <= at < address + size:
+                        yield Page(
+                            vma,
+                            address,
+                            int(pfns[i]),
+                            int(folios.head[i]),
+                            int(folios.index[i]),
+                            int(folios.mapping[i]),
+                            int(folios.flags[i]),
+                        )
 
-    def _is_small_and_mapped_once(self, pfn: int) -> bool:
-        page = drgn.Object(self.prog, "struct page", address=self.page_address(pfn))
-        compound = page.member_("compound_info" if hasattr(page, "compound_info") else "compound_head")
-        head = 1 << int(self.prog["PG_head"].value_())
-        flags = self.layout.page.read(self.prog, self.page_address(pfn))["flags"]
-        # The stored count is one less than the number of mappings.
-        return not flags & head and not compound.value_() & 1 and page._mapcount.counter.value_() == 0
+    def huge_page(self) -> Page:
+        """The first anonymous page that is mapped whole by an entry of the second level."""
+        return self.page(
+            "huge anonymous page", lambda v: not v.flag("HUGETLB"), lambda pfn, f: f.is_anon(), level=1
+        )
 
     def page_address(self, pfn: int) -> int:
         """Address of a struct page."""
@@ -193,6 +227,23 @@ class Scene:
         else:
             self.set_vma(vma, "anon_pgoff_lo", value & 0xFFFFFFFF)
             self.set_vma(vma, "anon_pgoff_hi", value >> 32)
+
+    def descendant(self, vma: Vma) -> int | None:
+        """A forked child's anon_vma: it has the same root as a VMA's own, and is not in the VMA's chain."""
+        own = self.space.anon_vmas.get(vma.anon_vma)
+        if own is None:
+            return None
+        if self._elsewhere is None:
+            self._elsewhere = {}
+            for task in for_each_task(self.prog):
+                if task.mm and task.mm.value_() != self.space.address:
+                    space = read_address_space(self.prog, self.layout, task.mm.value_())
+                    self._elsewhere.update(space.anon_vmas)
+        chain = {link.anon_vma for link in self.space.chains[vma.address].links}
+        for address, anon_vma in self._elsewhere.items():
+            if anon_vma.root == own.root and address not in chain:
+                return address
+        return None
 
     def foreign_root(self, vma: Vma) -> int:
         """A root anon_vma of the process that has nothing to do with a VMA."""

@@ -145,6 +145,8 @@ def _key(scene: Scene) -> Damaged:
         "ANON-VMA-TREE-KEY",
         f"right and left are exchanged at a node of the tree of the anon_vma {anon_vma:#x}",
         also=UNREACHED,
+        # The order, and with it the leftmost.
+        findings=2,
     )
 
 
@@ -293,6 +295,8 @@ def _same_chain(scene: Scene) -> Damaged:
         "SAME-AV-SAME-CHAIN",
         f"a link of the VMA at {vma.vm_start:#x} leads to a stranger's anon_vma",
         vma_range(vma),
+        # It has one that the others lack, and lacks one that they have.
+        findings=2,
         also=frozenset(
             {"ANON-VMA-ROOT", "ROOT-IN-CHAIN", "PARENT-IN-CHAIN", "AVC-IN-TREE", "FOLIO-ANON-VMA"}
         ),
@@ -311,5 +315,6 @@ def _reach(scene: Scene) -> Damaged:
         "FOLIO-RMAP-REACH",
         f"rb_subtree_last of the top of the tree of the anon_vma {address:#x} is 0",
         vma_range(page.vma),
+        spread=True,
         also=frozenset({"AVC-TREE-SUBTREE-LAST"}),
     )

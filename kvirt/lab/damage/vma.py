@@ -32,6 +32,30 @@ def _vm_mm(scene: Scene) -> Damaged:
     return Damaged("VMA-TREE", f"the VMA at {vma.vm_start:#x} claims another mm", None, vma.vm_start)
 
 
+@damage("VMA-TREE/start")
+def _start(scene: Scene) -> Damaged:
+    vma = scene.vma(
+        "unfaulted VMA of two pages or more",
+        lambda v: not v.anon_vma and v.vm_end - v.vm_start > scene.layout.page_size,
+    )
+    scene.set_vma(vma, "vm_start", vma.vm_start + scene.layout.page_size)
+    return Damaged(
+        "VMA-TREE",
+        f"vm_start of the VMA at {vma.vm_start:#x} is a page too high",
+        None,
+        vma.vm_start,
+        also=frozenset({"VMA-UNFAULTED-PGOFF", "LEG-UNFAULTED-PGOFF", "FILE-INDEX"}),
+        expected=vma.vm_start,
+    )
+
+
+@damage("VMA-TREE/impossible")
+def _impossible(scene: Scene) -> Damaged:
+    vma = scene.vma("unfaulted VMA", lambda v: not v.anon_vma)
+    scene.set_vma(vma, "vm_end", vma.vm_start)
+    return Damaged("VMA-TREE", f"the VMA at {vma.vm_start:#x} ends where it starts", None, vma.vm_start)
+
+
 @damage("VMA-UNFAULTED-PGOFF")
 def _unfaulted(scene: Scene) -> Damaged:
     vma = scene.vma("unfaulted VMA of a file", lambda v: not v.anon_vma and v.vm_file != 0)
@@ -92,4 +116,28 @@ def _anon_vma_in_noncow(scene: Scene) -> Damaged:
         f"the faulted VMA at {vma.vm_start:#x} may never be written",
         vma_range(vma),
         also=frozenset({"ANON-FOLIO-IN-NONCOW"}),
+    )
+
+
+@damage("HUGETLB-ALIGN")
+def _hugetlb_align(scene: Scene) -> Damaged:
+    vma = scene.vma("hugetlb VMA", lambda v: v.flag("HUGETLB"))
+    scene.set_vma(vma, "vm_pgoff", vma.vm_pgoff + 1)
+    return Damaged(
+        "HUGETLB-ALIGN",
+        f"vm_pgoff of the hugetlb VMA at {vma.vm_start:#x} is one page too high",
+        vma_range(vma),
+        expected=vma.vm_pgoff,
+        # What its pages are found to be by that offset, and its places in the trees.
+        also=frozenset(
+            {
+                "FOLIO-INDEX",
+                "FILE-INDEX",
+                "ANON-VMA-TREE-KEY",
+                "AVC-TREE-SUBTREE-LAST",
+                "FILE-TREE-KEY",
+                "FILE-TREE-LAST",
+                "FOLIO-RMAP-REACH",
+            }
+        ),
     )

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from kvirt.lab.procfs import PAGE_SIZE, read_maps
+from kvirt.lab.procfs import PAGE_SIZE, PM_SWAPPED, read_maps, read_pagemap
 from kvirt.lab.workload import syscalls as sc
 from kvirt.lab.workload.process import NotReached, Process, Skip
-from kvirt.lab.workload.regions import PURE_ANON, Region
+from kvirt.lab.workload.regions import PURE_ANON, Region, page_range
 
 Start = Callable[[Process], None]
 
 BARE: dict[str, Start] = {}
-# As BARE, by the name of the option that they need.
-BARE_OPTIONAL: dict[str, Start] = {}
+# As BARE, with the options that they need.
+BARE_OPTIONAL: dict[str, tuple[Start, set[str]]] = {}
 HEIRS: dict[str, Start] = {}
 
 CHAIN_DEPTH = 6
 # Large folios of 64 kB, which came in Linux 6.8; with the option "swap" they may be used.
 LARGE = Path("/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled")
+# Of a cgroup that the workload makes for the option "swap": MADV_PAGEOUT leaves merged pages alone.
+RECLAIM = Path(f"/sys/fs/cgroup/kvirt-lab-{os.getpid()}/memory.reclaim")
+# Seconds.
+MERGE_PATIENCE = 60
 MANY_PAGES = 240
 
 
@@ -40,11 +46,11 @@ def bare(name: str) -> Callable[[Start], Start]:
     return register
 
 
-def bare_optional(option: str) -> Callable[[Start], Start]:
+def bare_optional(name: str, *options: str) -> Callable[[Start], Start]:
     """As :func:`bare`, but only with what changes settings of the whole machine."""
 
     def register(start: Start) -> Start:
-        BARE_OPTIONAL[option] = start
+        BARE_OPTIONAL[name] = start, set(options)
         return start
 
     return register
@@ -239,7 +245,7 @@ def uffd_shared(p: Process) -> None:
     )
 
 
-@bare_optional("swap")
+@bare_optional("swap-shared", "swap")
 def swap_shared(p: Process) -> None:
     """Start a parent that has pages in swap, and a child that brings some of them back."""
 
@@ -275,6 +281,48 @@ def swap_shared(p: Process) -> None:
             child.regions[key] = child.bring_back(here, range(0, region.pages, step))
 
     p.fork("swap-parent", "A parent with pages in swap.", parent)
+
+
+@bare_optional("ksm-swapped", "ksm", "swap")
+def ksm_swapped(p: Process) -> None:
+    """Start a process whose merged page was swapped out, and came back for one of its places."""
+
+    def body(child: Process) -> None:
+        if not RECLAIM.exists():
+            raise Skip("This kernel has no memory.reclaim of a cgroup (v2), which came in Linux 5.19.")
+        (RECLAIM.parent / "cgroup.procs").write_text(str(child.pid))
+        region = child.anon(8)
+        # Of a content of its own, so that it is not merged with what others have.
+        for page in range(region.pages):
+            sc.store(region.address(page), 1, 0x4B)
+        region.faulted = True
+        sc.madvise(region.start, region.size, sc.MADV_MERGEABLE)
+        merging = Path("/proc/self/ksm_merging_pages")
+        _wait(lambda: int(merging.read_text()) == region.pages, "KSM did not merge its pages")
+        _wait(lambda: _reclaimed(child, region), "the merged page was not swapped out")
+        # Or KSM would merge again what comes back.
+        sc.madvise(region.start, region.size, sc.MADV_UNMERGEABLE)
+        region.swapped = set(page_range(region.start, region.end))
+        note = "Equal pages in swap, as one: the page that came back has another index than the rest expect."
+        _keep(child, note, region=child.bring_back(region, [0]))
+
+    what = "A process whose merged pages were swapped out, and one of them is back."
+    p.fork("ksm-swapped", what, body)
+
+
+def _reclaimed(p: Process, region: Region) -> bool:
+    with suppress(OSError):
+        # EAGAIN: it was less.
+        RECLAIM.write_text("1M")
+    return all(entry & PM_SWAPPED for entry in read_pagemap(p.pid, region.start, region.end))
+
+
+def _wait(reached: Callable[[], bool], failure: str) -> None:
+    deadline = time.monotonic() + MERGE_PATIENCE
+    while not reached():
+        if time.monotonic() > deadline:
+            raise Skip(f"Within {MERGE_PATIENCE} s {failure}.")
+        time.sleep(0.05)
 
 
 @heir("heir")

@@ -27,7 +27,7 @@ from kvirt.lab.procfs import (
     read_pagemap,
 )
 from kvirt.lab.workload import syscalls as sc
-from kvirt.lab.workload.children import BARE, BARE_OPTIONAL, HEIRS, LARGE
+from kvirt.lab.workload.children import BARE, BARE_OPTIONAL, HEIRS, LARGE, MERGE_PATIENCE, RECLAIM
 from kvirt.lab.workload.process import PATIENCE, NotReached, Process, Skip
 from kvirt.lab.workload.regions import FILE_BACKED, expand
 from kvirt.lab.workload.states import OPTIONAL, STATES, build
@@ -133,9 +133,9 @@ class Workload:
         prepared = [name for name in optional if self._prepare(name)]
         for start in BARE.values():
             start(main_process)
-        for name in prepared:
-            if name in BARE_OPTIONAL:
-                BARE_OPTIONAL[name](main_process)
+        for start, needed in BARE_OPTIONAL.values():
+            if needed <= set(prepared):
+                start(main_process)
         build(main_process, STATES)
         for name in prepared:
             build(main_process, {name: OPTIONAL[name]})
@@ -199,6 +199,7 @@ class Workload:
                 area = SwapArea()
                 self._undo.append((f"the swap area {area.path} is not gone", area.close))
                 area.open()
+                self._make_group()
         except OSError as error:
             reason = f"A setting of the machine cannot be changed: {error}."
             self.skipped.append({"name": f"main/{name}", "reason": reason})
@@ -208,15 +209,26 @@ class Workload:
             return False
         return True
 
+    def _make_group(self) -> None:
+        """Make a cgroup whose memory can be reclaimed; a state that needs it looks for it."""
+        control = RECLAIM.parents[1] / "cgroup.subtree_control"
+        if not control.exists():
+            return
+        if "memory" not in control.read_text().split():
+            control.write_text("+memory")
+            self._undo.append((f"{control} still has memory", lambda: control.write_text("-memory")))
+        RECLAIM.parent.mkdir(exist_ok=True)
+        self._undo.append((f"{RECLAIM.parent} is still there", RECLAIM.parent.rmdir))
+
     def _merge(self, p: Process) -> None:
         """Have KSM merge what was written for it."""
         written = sum(len(r.written) for key, r in p.regions.items() if key.startswith("ksm/"))
         self._set(KSM / "run", "1")
         merging = Path("/proc/self/ksm_merging_pages")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + MERGE_PATIENCE
         while (merged := int(merging.read_text())) < written:
             if time.monotonic() > deadline:
-                reason = f"KSM merged {merged} pages of {written} within 60 s; the others are as written."
+                reason = f"In {MERGE_PATIENCE} s KSM merged {merged} pages of {written}, and no more."
                 self.skipped.append({"name": "main/ksm", "reason": reason})
                 return
             time.sleep(0.1)

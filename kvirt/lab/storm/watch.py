@@ -34,12 +34,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often to check ({ROUNDS})")
     parser.add_argument("--qemu", type=Path, help="QMP socket of a guest; by default the running kernel")
+    parser.add_argument("--core", type=Path, help="or a dump")
     parser.add_argument("--symbols", type=Path, help="its vmlinux")
     options = parser.parse_args(argv)
-    if options.qemu is None:
+    if options.qemu is None and options.core is None:
         # The storm has a process for each processor and more; it goes on on all the others.
         os.nice(-20)
-    target = open_target(qemu=options.qemu, symbols=[options.symbols] if options.symbols else [])
+    symbols = [options.symbols] if options.symbols else []
+    target = open_target(options.core, options.qemu, symbols)
     checker = MachineChecker(target.prog, layout_of(target.prog), moves=target.moves)
     say({"ready": str(target.kind)})
     sys.stdin.readline()
@@ -82,7 +84,8 @@ class Total:
         self.seconds += seconds
         self.processes += report.processes
         self.gone += report.gone
-        self.pages += Counter(anon=report.pages.anon, verified=report.pages.verified)
+        pages = Counter(verified=report.pages.verified, unverified=report.pages.unverified.total())
+        self.pages += pages
         self.incomplete += incomplete
         self.errors += errors
         return {
@@ -90,7 +93,7 @@ class Total:
             "processes": report.processes,
             "gone": report.gone,
             "vmas": report.vmas,
-            "pages": {"anon": report.pages.anon, "verified": report.pages.verified},
+            "pages": pages,
             "findings": _present(found),
             "incomplete": incomplete,
             "errors": errors,

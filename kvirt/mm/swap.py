@@ -131,8 +131,9 @@ class SwapCache:
             # of the two never leads to anything.
             entries, good = self._xa_load(how, head, offsets[at] & np.uint64((1 << _SPACE_SHIFT) - 1))
             if space:
-                whole, whole_good = self._xa_load(how, head, offsets[at])
-                entries, good = np.where(entries == 0, whole, entries), good & whole_good
+                rest = np.flatnonzero(entries == 0)
+                entries[rest], whole_good = self._xa_load(how, head, offsets[at[rest]])
+                good[rest] &= whole_good
             pfn, is_folio = self._folio_pfn(entries)
             # Values are shadows of what was there.
             empty = (entries == 0) | ((entries & np.uint64(1)) != 0)
@@ -168,7 +169,14 @@ class SwapCache:
                 inside = rows_in <= _XA_CHUNK_MASK
                 rows, rows_in = rows[inside], rows_in[inside]
             slots = np.frombuffer(data, dtype="<u8", count=_XA_CHUNK_MASK + 1, offset=slots_at)
-            for slot, members in _groups(rows_in & np.uint64(_XA_CHUNK_MASK)):
+            where = rows_in & np.uint64(_XA_CHUNK_MASK)
+            if shift == 0:
+                # Here are the most, and no nodes.
+                found = slots[where]
+                sibling = (found & np.uint64(3) == 2) & (found >> np.uint64(2) < _XA_CHUNK_MASK)
+                entries[rows] = np.where(sibling, slots[found >> np.uint64(2) & _XA_CHUNK_MASK], found)
+                continue
+            for slot, members in _groups(where):
                 below = int(slots[slot])
                 if below & 3 == 2 and below >> 2 < _XA_CHUNK_MASK:
                     # A sibling: the entry is in the slot that it names.

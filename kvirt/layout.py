@@ -266,6 +266,8 @@ class Layout:
     """Mask of ``PG_hwpoison`` in page flags, 0 if the kernel has none."""
     pg_head: int
     """Mask of ``PG_head``: the first page of a large folio."""
+    pg_locked: int
+    """Mask of ``PG_locked``."""
     pg_anon_exclusive: int
     """Mask of ``PG_anon_exclusive``, 0 if the kernel has none (before 5.19)."""
     pg_double_map: int
@@ -716,6 +718,7 @@ def read_layout(prog: drgn.Program) -> Layout:
         vm=_vm_flags(prog),
         pg_hwpoison=_page_flag(prog, "PG_hwpoison"),
         pg_head=_page_flag(prog, "PG_head"),
+        pg_locked=_page_flag(prog, "PG_locked"),
         pg_anon_exclusive=_page_flag(prog, "PG_anon_exclusive"),
         pg_double_map=_page_flag(prog, "PG_double_map"),
         zero_pfn=zero_pfn,

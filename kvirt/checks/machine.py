@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import drgn
 
+from kvirt.checks.mapcount import ID as MAPCOUNT
+from kvirt.checks.mapcount import FolioMapcounts
 from kvirt.checks.process import ProcessChecker
+from kvirt.checks.sorting import HWPOISON
 from kvirt.checks.task import check_task
 from kvirt.errors import KvirtError
 from kvirt.findings import MAX_FINDINGS, Report, TaskReport
@@ -66,8 +69,12 @@ class MachineChecker:
         :param report: gets everything that is found
         :param rows: whether to list the VMAs of each
         """
+        mapcounts = None if self.moves else FolioMapcounts(self.prog, self.layout)
         # One for all of them: what belongs to several processes is judged once all have been read.
-        checker = ProcessChecker(self.prog, self.layout, moves=self.moves)
+        if mapcounts is None:
+            checker = ProcessChecker(self.prog, self.layout, moves=self.moves)
+        else:
+            checker = ProcessChecker(self.prog, self.layout, moves=self.moves, watch=mapcounts.add)
         processes = for_each_process(self.prog, moves=self.moves)
         then = "try again" if self.moves else "the dump may lack memory, or it is damaged"
         for trouble in processes.troubles:
@@ -76,6 +83,10 @@ class MachineChecker:
             )
         if not processes.found:
             report.note_incomplete(f"No process with an address space was found: {then}.")
+            if mapcounts is not None:
+                mapcounts.skip("no process was found")
+        if processes.troubles and mapcounts is not None:
+            mapcounts.skip("processes may be missing")
         so_far = Progress(len(processes.found))
 
         def count(pages: int) -> None:
@@ -83,11 +94,27 @@ class MachineChecker:
             progress(so_far)
 
         for process in processes.found:
+            if mapcounts is not None:
+                mapcounts.pid = process.pid
             task = self._check(checker, process, count, rows)
+            if mapcounts is not None:
+                if task.incomplete:
+                    mapcounts.skip(f"PID {task.pid} ({task.comm}) could not be read whole")
+                elif task.pages.skipped[HWPOISON]:
+                    mapcounts.skip(f"PID {task.pid} ({task.comm}) maps poisoned pages")
             report.add(task)
             yield task
             so_far.done += 1
             progress(so_far)
+        if mapcounts is not None:
+            self._add_mapcounts(report, mapcounts, {p.pid: p.comm for p in processes.found})
+
+    def _add_mapcounts(self, report: Report, mapcounts: FolioMapcounts, comms: dict[int, str]) -> None:
+        for finding in mapcounts.findings():
+            if report.note(finding) and finding.pid is not None:
+                report.comms[finding.pid] = comms[finding.pid]
+        if mapcounts.skipped is not None:
+            report.note_incomplete(f"{MAPCOUNT} was not checked: {mapcounts.skipped}.")
 
     def _check(
         self, checker: ProcessChecker, process: Process, progress: Callable[[int], None], rows: bool

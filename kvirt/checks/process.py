@@ -105,12 +105,21 @@ class ProcessResult:
 class ProcessChecker:
     """Checks processes of one kernel."""
 
-    def __init__(self, prog: drgn.Program, layout: Layout, *, moves: bool) -> None:
+    def __init__(
+        self,
+        prog: drgn.Program,
+        layout: Layout,
+        *,
+        moves: bool,
+        watch: Callable[[PageBatch], None] = lambda batch: None,
+    ) -> None:
         """Prepare.
 
         :param moves: whether the kernel runs while it is read
+        :param watch: is given the pages of each process as they are first read
         """
         self.prog = prog
+        self._watch = watch
         self.layout = layout
         self.moves = moves
         checks = all_checks(layout)
@@ -266,6 +275,8 @@ class ProcessChecker:
                         seen[address] = entry
                 batch = sorted_.batch
                 if len(batch.address):
+                    if wanted is None:
+                        self._watch(batch)
                     for check, page in self._page_checks:
                         _note_pages(into, check, page(batch), batch, sorted_.leaves, seen)
                 for entries, absent in sorted_.entries:

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -188,6 +189,7 @@ class PageViolations:
 MmRun = Callable[[AddressSpace], Iterator[Violation]]
 VmaRun = Callable[[VmaContext], Iterator[Violation]]
 PageRun = Callable[[PageBatch], PageViolations]
+T = TypeVar("T")
 FamilyRun = Callable[[Family], Iterator[Violation]]
 EntryRun = Callable[[EntryBatch], PageViolations]
 
@@ -215,6 +217,8 @@ class Check:
     page: PageRun | None = None
     family: FamilyRun | None = None
     entry: EntryRun | None = None
+    machine: Callable[..., object] | None = None
+    """For checks of a whole machine: the class that is fed with its processes."""
     message: str = ""
     """For checks on pages and entries: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in."""
     alike: Callable[[int, int], int] = lambda expected, actual: 0
@@ -231,11 +235,16 @@ class Check:
         return " ".join(_paragraphs(self.applies)[1:])
 
     @property
+    def run(self) -> Callable[..., object]:
+        """The function that checks, of whatever kind, or the class."""
+        run = self.mm or self.vma or self.page or self.entry or self.family or self.machine
+        assert run is not None
+        return run
+
+    @property
     def explanation(self) -> list[str]:
         """Paragraphs for people: what the check's function says of itself below its first line."""
-        run = self.mm or self.vma or self.page or self.entry or self.family
-        assert run is not None
-        return _paragraphs(run)[1:]
+        return _paragraphs(self.run)[1:]
 
 
 def _paragraphs(function: Callable[..., object]) -> list[str]:
@@ -348,11 +357,32 @@ def entry_check(
     return register
 
 
+def machine_check(
+    id: str,
+    severity: Severity,
+    *,
+    says: str,
+    relied_on: str,
+    applies: Callable[[Layout], bool] = _always,
+) -> Callable[[type[T]], type[T]]:
+    """Register an invariant that takes all processes of a machine: a class that adds them up."""
+
+    def register(class_: type[T]) -> type[T]:
+        _register(Check(id, severity, says, relied_on, applies, machine=class_))
+        return class_
+
+    return register
+
+
+# Whose invariants come first in lists.
+_MODULES = ("vma", "chain", "tree", "file", "page", "reach", "swap", "ksm", "mapcount")
+
+
 def every_check() -> list[Check]:
-    """All invariants, of whatever kernel."""
-    for module in ("vma", "chain", "tree", "file", "page", "reach", "swap", "ksm"):
+    """All invariants, of whatever kernel, in an order that does not depend on who imported what first."""
+    for module in _MODULES:
         importlib.import_module(f"kvirt.checks.{module}")
-    return list(CHECKS.values())
+    return sorted(CHECKS.values(), key=lambda check: _MODULES.index(check.run.__module__.split(".")[-1]))
 
 
 def all_checks(layout: Layout) -> list[Check]:

@@ -146,6 +146,7 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         vm={name: 1 << bit for name, bit in VM_FLAG_BITS.items()},
         pg_hwpoison=1 << 20,
         pg_head=1 << 6,
+        pg_locked=1 << 0,
         pg_anon_exclusive=1 << 11,
         pg_double_map=0,
         zero_pfn=0x99,

@@ -6,13 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvirt.checks.machine import MachineChecker
 from kvirt.checks.process import ProcessChecker
-from kvirt.checks.registry import all_checks
+from kvirt.checks.registry import CHECKS, all_checks
 from kvirt.checks.task import check_task
 from kvirt.errors import KvirtError
-from kvirt.findings import Finding
+from kvirt.findings import Finding, Report
 from kvirt.lab.damage import DAMAGES, Damaged, Scene
+from kvirt.lab.damage.scene import Inapplicable
 from kvirt.layout import Layout, layout_of
+from kvirt.target import Target
 from kvirt.tasks import find_process
 from tests.vmcore.conftest import Dump, whole_of
 
@@ -30,13 +33,28 @@ class Outcome:
 def _meaningless(name: str, layout: Layout) -> str | None:
     if name.partition("/")[0] not in {check.id for check in all_checks(layout)}:
         return f"{name} means nothing under the scheme {layout.scheme} of this kernel."
-    if name == "FOLIO-INDEX/file-offset" and layout.scheme == "legacy":
-        return "A legacy kernel indexes by the file offset, and is right to."
     if name.partition("/device")[1] and "device-private" not in layout.swap_types.names:
         return "This kernel is built without device memory (CONFIG_DEVICE_PRIVATE)."
     if name == "SWAPCACHE-INDEX/large" and layout.scheme == "legacy":
         return "Linux 6.12 brings large folios back from zram without the swap cache."
     return None
+
+
+def check_machine(target: Target) -> Report:
+    """Check all processes of a dump together."""
+    report = MachineChecker(target.prog, layout_of(target.prog), moves=False).check()
+    assert report.incomplete == []
+    return report
+
+
+_HEALTHY: dict[Path, list[Finding]] = {}
+
+
+def machine_findings(dump: Dump) -> list[Finding]:
+    """What is said of a dump as a whole, without damage."""
+    if dump.core not in _HEALTHY:
+        _HEALTHY[dump.core] = check_machine(dump.open()).findings()
+    return _HEALTHY[dump.core]
 
 
 _OUTCOMES: dict[tuple[Path, str], Outcome] = {}
@@ -61,9 +79,15 @@ def _damage(dump: Dump, name: str) -> Outcome:
         process = find_process(target.prog, pid)
         try:
             made = DAMAGES[name](Scene(target.prog, process.mm))
+        except Inapplicable as error:
+            return Outcome(str(error))
         except KvirtError as error:
             why = str(error)
             continue
+        if CHECKS[made.id].machine is not None:
+            known = machine_findings(dump)
+            found = check_machine(target).findings()
+            return Outcome(None, made, [f for f in found if f not in known])
         before = {(f.id, f.vma, f.address) for f in whole.reports[pid].findings}
         found = check_task(checker, process).findings
         return Outcome(None, made, [f for f in found if (f.id, f.vma, f.address) not in before])

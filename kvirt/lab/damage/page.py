@@ -20,7 +20,7 @@ from kvirt.lab.damage.scene import (
     vma_range,
 )
 from kvirt.layout import Scheme
-from kvirt.mm.folio import FOLIO_MAPPING_ANON
+from kvirt.mm.folio import FOLIO_MAPPING_ANON, read_folios
 from kvirt.mm.vma import displacement, vma_is_pure_anon
 
 
@@ -301,3 +301,50 @@ def _folio_exclusive_tail(scene: Scene) -> Damaged:
 def _folio_exclusive_huge(scene: Scene) -> Damaged:
     page = scene.page("shared huge page", of=lambda pfn, f: f.is_anon() & (f.entire_mapcount > 1), level=1)
     return _shared(scene, page, 512)
+
+
+def _miscounted(page: Page, found: int | None, pages: int = 1) -> Damaged:
+    return Damaged(
+        "FOLIO-MAPCOUNT",
+        f"the folio at page frame {page.head:#x}, mapped at {page.address:#x}, counts one mapping too many",
+        vma_range(page.vma),
+        page.address,
+        expected=found,
+        pages=pages,
+        also=frozenset({"FOLIO-EXCL"}),
+    )
+
+
+@damage("FOLIO-MAPCOUNT")
+def _folio_mapcount(scene: Scene) -> Damaged:
+    page = scene.page("small anonymous page")
+    # The stored count is one less than the number of mappings.
+    scene.set_page(page.head, "mapcount", 1)
+    return _miscounted(page, 1)
+
+
+@damage("FOLIO-MAPCOUNT/huge")
+def _folio_mapcount_huge(scene: Scene) -> Damaged:
+    if "large_mapcount" not in scene.layout.large_counts:
+        raise Inapplicable("This kernel does not count all mappings of a large folio in one place.")
+    page = scene.huge_page()
+    count = int(
+        read_folios(scene.prog, scene.layout, np.array([page.pfn], dtype=np.uint64)).large_mapcount[0]
+    )
+    scene.set_large(page.head, "large_mapcount", count)
+    return replace(_miscounted(page, count, 512), spread=True)
+
+
+@damage("FOLIO-MAPCOUNT/shared")
+def _folio_mapcount_shared(scene: Scene) -> Damaged:
+    page = scene.page(
+        "small page that a fork shares", of=lambda pfn, f: f.is_anon() & ~f.large & (f.page_mapcount > 1)
+    )
+    scene.set_page(page.head, "mapcount", 0)
+    return Damaged(
+        "FOLIO-MAPCOUNT",
+        f"the folio at page frame {page.head:#x}, mapped at {page.address:#x} and by others, counts one",
+        also=frozenset({"FOLIO-EXCL"}),
+        # Met in the first process; in each that has it besides, it is one too many.
+        spread=True,
+    )

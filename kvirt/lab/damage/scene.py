@@ -178,6 +178,13 @@ class Scene:
         """Make up a member of a struct page."""
         self.set_member(self.layout.page, self.page_address(pfn), member, value)
 
+    def set_large(self, head: int, count: str, value: int) -> None:
+        """Make up a count that a large folio keeps in its second struct page."""
+        fields = self.layout.page_dtype.fields
+        assert fields is not None
+        dtype, offset = fields[count][:2]
+        self.overlay.write(self.page_address(head + 1) + offset, value.to_bytes(dtype.itemsize, "little"))
+
     def set_vma(self, vma: Vma, member: str, value: int) -> None:
         """Make up a member of a struct vm_area_struct."""
         self.set_member(self.layout.vma, vma.address, member, value)

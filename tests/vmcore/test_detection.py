@@ -23,7 +23,7 @@ each kernel at the least {PROCESSES} processes, {VMAS:,} VMAs and {ANON_PAGES:,}
 "silent" is without error or warning there; "warns" is a warning for a state that is odd and legal, which
 the workload provokes on purpose. Then each damage is laid over the dump in turn (`kvirt lab damage NAME
 PID`: "plain" is the invariant's own name, the others are ID/NAME). It is found under the invariant's name
-and at the right place, and nothing else is found.
+and at the right place, and nothing is found but what the damage breaks.
 
 A dash: means nothing on this kernel.
 

@@ -18,11 +18,15 @@ def _is_found(tree: AnonTree, vma: int, first: int, last: int) -> bool:
     return any(tree.links[interval.address].vma == vma for interval in found)
 
 
-def _classes(tree: AnonTree, first: U64, last: U64) -> U64:
-    """Numbers that are equal for folios of which every comparison in a search has the same result."""
+def _points(tree: AnonTree) -> U64:
+    """All offsets that a search compares with, sorted."""
     points = {value for n in tree.nodes.values() for value in (n.start, n.last, n.rb.subtree_last)}
-    sorted_points = np.array(sorted(points), dtype=np.uint64)
-    columns = [np.searchsorted(sorted_points, v, side) for v in (first, last) for side in ("left", "right")]
+    return np.array(sorted(points), dtype=np.uint64)
+
+
+def _classes(points: U64, first: U64, last: U64) -> U64:
+    """Numbers that are equal for folios of which every comparison in a search has the same result."""
+    columns = [np.searchsorted(points, v, side) for v in (first, last) for side in ("left", "right")]
     _, where = np.unique(np.stack(columns), axis=1, return_inverse=True)
     return where.reshape(-1).astype(np.uint64)
 
@@ -48,15 +52,21 @@ def folio_rmap_reach(batch: PageBatch) -> PageViolations:
         anon_vma = folios.anon_vma()
         judged = folios.is_anon() & np.isin(anon_vma, unsound) & (batch.expected_index() == index)
         where = np.flatnonzero(judged & ~table.temporary_stack[batch.row])
-        pairs = np.stack([batch.row[where].astype(np.uint64), anon_vma[where]])
-        for row, address in np.unique(pairs, axis=1).T.tolist():
-            vma, tree = table.vmas[row], table.unsound[address]
+        # Thousands of VMAs may share one tree: folios are sorted once, and so are the points of each tree.
+        where = where[np.lexsort((anon_vma[where], batch.row[where]))]
+        row_changes = np.diff(batch.row[where]) != 0
+        groups = np.flatnonzero(row_changes | (np.diff(anon_vma[where]) != 0)) + 1
+        points: dict[int, U64] = {}
+        for at in np.split(where, groups) if len(where) else ():
+            vma, address = table.vmas[int(batch.row[at[0]])], int(anon_vma[at[0]])
+            tree = table.unsound[address]
             if address not in {link.anon_vma for link in table.space.chains[vma.address].links}:
                 continue
-            at = where[(pairs[0] == row) & (pairs[1] == address)]
+            if address not in points:
+                points[address] = _points(tree)
             first = folios.index[at]
             last = first + folios.nr_pages[at].astype(np.uint64) - np.uint64(1)
-            number = _classes(tree, first, last)
+            number = _classes(points[address], first, last)
             for one, example in zip(*np.unique(number, return_index=True), strict=True):
                 if not _is_found(tree, vma.address, int(first[example]), int(last[example])):
                     mask[at[number == one]] = True

@@ -20,6 +20,7 @@ from kvirt.mm.vma import Vma, read_vma, vma_pages
 
 # AVCs in one tree. A process has at most 65,530 VMAs by default, and a family of processes many of them.
 NODES_MAX = 1 << 22
+_ULONG_MAX = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,9 @@ class _Reader:
                 vma = self.add_vma(link.vma)
                 if vma is not None:
                     start = vma.anon_pgoff
-                    tree.nodes[address] = Interval(address, link.rb, start, start + vma_pages(vma) - 1)
+                    # As the kernel adds them up, where the offset is damaged too.
+                    last = (start + vma_pages(vma) - 1) & _ULONG_MAX
+                    tree.nodes[address] = Interval(address, link.rb, start, last)
         except TreeError as error:
             tree.broken = str(error)
 

@@ -27,6 +27,7 @@ from kvirt.mm.vma import Vma, read_vma, vma_pages
 
 # While a kernel runs, a place that looks wrong is read so often until two readings are the same.
 _READINGS = 6
+_ULONG_MAX = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,5 +117,5 @@ class FileTrees:
             if address:
                 before = read_vma(prog, layout, address)
         with contextlib.suppress(TreeError):
-            last = subtree_last(self._node, node, vma.vm_pgoff + vma_pages(vma) - 1)
+            last = subtree_last(self._node, node, (vma.vm_pgoff + vma_pages(vma) - 1) & _ULONG_MAX)
         return FilePlace(node, root, None, first, before, last, locked)

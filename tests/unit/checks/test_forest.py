@@ -5,7 +5,18 @@ import pytest
 
 from kvirt.checks import patience
 from kvirt.findings import Severity
-from tests.unit.checks.test_process import ANON_VMA, AVC, LAYOUT, LEAF, MM, Process, leaf, word
+from tests.unit.checks.test_process import (
+    ANON_VMA,
+    AVC,
+    LAYOUT,
+    LEAF,
+    MM,
+    VMA,
+    Process,
+    index_at,
+    leaf,
+    word,
+)
 
 TREE = LAYOUT.anon_tree
 CHILDREN = ANON_VMA + LAYOUT.anon_vma.offset("num_children")
@@ -129,3 +140,19 @@ def test_damaged_maple_tree_does_not_make_its_vmas_look_gone():
     dead = [LEAF, *leaf()[1:]]
     made_up.memory.put_words(LEAF, dead)
     assert "AVC-IN-TREE" not in {finding.id for finding in made_up.check(moves=False).findings}
+
+
+def test_offsets_at_the_end_of_all_numbers():
+    made_up = Process()
+    start = (1 << 64) - 2
+    made_up.memory.put_struct(
+        LAYOUT.vma,
+        VMA,
+        {**made_up.vma, "anon_pgoff_lo": start & 0xFFFFFFFF, "anon_pgoff_hi": start >> 32},
+    )
+    # Pages that are where such a VMA would have them, so that rmap is tried.
+    made_up.changing(index_at(0), [word(start)])
+    found = {finding.id: finding for finding in made_up.check(moves=False).findings}
+    assert {"VMA-NO-WRAP", "AVC-TREE-SUBTREE-LAST", "FOLIO-RMAP-REACH"} <= found.keys()
+    # As the kernel adds them up: four pages on.
+    assert found["AVC-TREE-SUBTREE-LAST"].expected == 1

@@ -59,7 +59,7 @@ def avc_self(context: VmaContext) -> Iterator[Violation]:
                 expected=vma.address,
                 actual=link.vma,
             )
-        elif link.anon_vma in context.space.unreadable:
+        elif context.anon_vma(link.anon_vma) is None:
             yield Violation(
                 f"the link at {link.address:#x} points to an anon_vma that cannot be read",
                 actual=link.anon_vma,

@@ -454,3 +454,16 @@ def test_lock_of_a_first_fault_excuses_nothing_else():
     made_up.memory.put_struct(LAYOUT.anon_vma, ANON_VMA, locked)
     [finding] = made_up.check(moves=False).findings
     assert (finding.id, finding.severity) == ("VMA-PURE-ANON-PGOFF", Severity.ERROR)
+
+
+def test_link_without_anon_vma():
+    made_up = Process()
+    head = VMA + LAYOUT.vma.offset("chain_next")
+    link, other = (avc + LAYOUT.avc.offset("same_vma_next") for avc in (AVC, AVC + 0x1000))
+    made_up.memory.put_struct(LAYOUT.vma, VMA, {**made_up.vma, "chain_prev": other})
+    made_up.memory.put_words(AVC, [VMA, ANON_VMA, other, head])
+    made_up.memory.put_struct(
+        LAYOUT.avc, AVC + 0x1000, {"vma": VMA, "anon_vma": 0, "same_vma_next": head, "same_vma_prev": link}
+    )
+    [finding] = made_up.check(moves=False).findings
+    assert (finding.id, finding.severity, finding.actual) == ("AVC-SELF", Severity.ERROR, 0)

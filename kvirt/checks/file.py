@@ -32,8 +32,8 @@ def file_tree_in(context: VmaContext) -> Iterator[Violation]:
 @vma_check(
     "FILE-TREE-KEY",
     Severity.ERROR,
-    says="The VMAs in the tree of a file's mappings are in order of their file offsets, and rb_leftmost is "
-    "the first of them.",
+    says="The VMAs in the tree of a file's mappings are in order of their file offsets, linked both ways, "
+    "and rb_leftmost is the first of them.",
     relied_on="mapping_rmap_tree_iter_first(), mm/interval_tree.c",
 )
 def file_tree_key(context: VmaContext) -> Iterator[Violation]:
@@ -41,6 +41,11 @@ def file_tree_key(context: VmaContext) -> Iterator[Violation]:
     place, vma = context.file_place, context.vma
     if place is None or place.lost is not None or place.root is None:
         return
+    if place.stray is not None:
+        yield Violation(
+            f"in the tree of its file's mappings the VMA has a child that is none of its own: {place.stray}",
+            severity=_transient(place),
+        )
     if place.first and place.root.leftmost != vma.address:
         yield Violation(
             "the VMA is the first in the tree of its file's mappings, and rb_leftmost is another",

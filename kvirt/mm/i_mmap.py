@@ -17,6 +17,7 @@ from kvirt.mm.interval_tree import (
     RbNode,
     Root,
     TreeError,
+    check_children,
     climb,
     decode_root,
     rb_prev,
@@ -44,12 +45,14 @@ class FilePlace:
     """The VMA that does; None if it cannot be told."""
     subtree_last: int | None = None
     """What ``rb_subtree_last`` should be; None if that cannot be told."""
+    stray: str | None = None
+    """Why what it has as a child is none, if so."""
     locked: bool = False
     """Whether somebody held ``i_mmap_rwsem`` for write."""
 
     def suspicious(self, vma: Vma) -> bool:
         """Whether anything is not as it should be."""
-        if self.lost is not None or self.node is None or self.root is None:
+        if self.lost is not None or self.stray is not None or self.node is None or self.root is None:
             return True
         if self.subtree_last is not None and self.subtree_last != self.node.subtree_last:
             return True
@@ -109,8 +112,12 @@ class FileTrees:
             climb(self._node, root, vma.address)
         except TreeError as error:
             return FilePlace(root=root, lost=str(error), locked=locked)
-        first, before, last = False, None, None
-        # The place of a neighbour that cannot be reached shows what is wrong with it.
+        first, before, last, stray = False, None, None, None
+        try:
+            check_children(self._node, node, vma.address)
+        except TreeError as error:
+            stray = str(error)
+        # A neighbour that cannot be reached is a child of somebody, or shows what is wrong itself.
         with contextlib.suppress(TreeError, drgn.FaultError):
             address = rb_prev(self._node, vma.address)
             first = address == 0
@@ -118,4 +125,4 @@ class FileTrees:
                 before = read_vma(prog, layout, address)
         with contextlib.suppress(TreeError):
             last = subtree_last(self._node, node, (vma.vm_pgoff + vma_pages(vma) - 1) & _ULONG_MAX)
-        return FilePlace(node, root, None, first, before, last, locked)
+        return FilePlace(node, root, None, first, before, last, stray, locked)

@@ -118,6 +118,20 @@ def climb(read: Read, root: Root, address: int) -> None:
     raise TreeError(f"the parents of {address:#x} lead in a circle")
 
 
+def check_children(read: Read, node: RbNode, address: int) -> None:
+    """See that what a node has as children has it as parent.
+
+    :param address: of *node*
+    :raises TreeError: if not, or if one cannot be read
+    """
+    for child in (node.left, node.right):
+        if child and (parent := read(child).parent) != address:
+            raise TreeError(
+                f"{child:#x} is a child of {address:#x}, and has "
+                + (f"{parent:#x} as parent" if parent else "no parent")
+            )
+
+
 def rb_prev(read: Read, address: int) -> int:
     """The node before another in order, 0 if it is the first (lib/rbtree.c).
 

@@ -87,6 +87,8 @@ def _in_loop(scene: Scene) -> Damaged:
         "FILE-TREE-IN",
         f"the VMA at {vma.vm_start:#x} is its own parent in its file's tree",
         vma_range(vma),
+        # Of the VMA above it.
+        also=frozenset({"FILE-TREE-KEY"}),
     )
 
 
@@ -122,6 +124,21 @@ def _order(scene: Scene) -> Damaged:
         f"vm_pgoff at {vma.vm_start:#x} is less than that of the VMA before it in the file's tree",
         vma_range(vma),
         also=frozenset({"FILE-TREE-LAST", "FILE-INDEX"}),
+    )
+
+
+@damage("FILE-TREE-KEY/child")
+def _child(scene: Scene) -> Damaged:
+    vma, _, _ = _place(
+        scene,
+        "VMA of a file without others below it in the file's tree",
+        lambda v, p: p.node is not None and not p.node.left and not p.node.right,
+    )
+    scene.set_word(_word(scene, vma.address, "right"), 0xDEAD000000000100)
+    return Damaged(
+        "FILE-TREE-KEY",
+        f"the VMA at {vma.vm_start:#x} has a poisoned pointer as a child in its file's tree",
+        vma_range(vma),
     )
 
 

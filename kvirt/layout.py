@@ -146,6 +146,8 @@ MMF_UNSTABLE = 1 << 22
 PF_KTHREAD = 0x00200000
 # kernel/locking/rwsem.c
 RWSEM_WRITER_LOCKED = 1
+# And readers, of which each counts 256; between are waiters.
+RWSEM_LOCK_MASK = 1 | ~0xFF
 # include/linux/fs.h
 S_DAX = 1 << 13
 

@@ -33,7 +33,7 @@ def avc_in_tree(family: Family) -> Iterator[Violation]:
     """Chains and trees hold the same AVCs.
 
     Transient for VMAs that their mm does not have any more: munmap() and exit() take them out of the
-    trees after that.
+    trees after that. An error if nobody holds the mmap_lock, as munmap() would.
     """
     in_chains = {link.address for chain in family.chains.values() for link in chain.links}
     leaving: Counter[int] = Counter()
@@ -55,7 +55,16 @@ def avc_in_tree(family: Family) -> Iterator[Violation]:
                     actual=link.vma,
                 )
             elif not family.attached[vma.address]:
-                leaving[vma.vm_mm] += 1
+                if family.leaving(vma):
+                    leaving[vma.vm_mm] += 1
+                else:
+                    yield Violation(
+                        f"the tree of the anon_vma {anon_vma:#x} has a link to a VMA that its mm "
+                        f"{vma.vm_mm:#x} does not have, and nobody is at work there",
+                        address=link.address,
+                        actual=link.vma,
+                        vma=vma,
+                    )
             elif link.address not in in_chains and family.chains[vma.address].broken is None:
                 yield Violation(
                     f"the tree of the anon_vma {anon_vma:#x} has a link that is in no VMA's chain",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import drgn
 
-from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
+from kvirt.layout import RWSEM_LOCK_MASK, RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.interval_tree import Interval, Root, TreeError, in_order
 from kvirt.mm.maple import MapleError, mtree_load
 from kvirt.mm.rmap import AnonVma, AnonVmaChain, Chain, for_each_avc, read_anon_vma, read_avc
@@ -31,6 +31,8 @@ class MmState:
     mm_users: int
     lock_seq: int | None
     write_locked: bool
+    held: bool | None = field(compare=False)
+    """Whether anybody held mmap_lock, be it to read; None where the kernel does not tell."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,15 @@ class Family:
     attached: dict[int, bool] = field(default_factory=dict)
     """Whether a VMA is in the maple tree of its mm; munmap and exit take it out there first."""
     mms: dict[int, MmState] = field(default_factory=dict)
+
+    def leaving(self, vma: Vma) -> bool:
+        """Whether a VMA that its mm does not have any more may be on its way out of the trees.
+
+        munmap() holds mmap_lock until it is, be it to read (mm/vma.c: vms_complete_munmap_vmas()), and
+        exit_mmap() comes when the mm has no users.
+        """
+        mm = self.mms.get(vma.vm_mm)
+        return mm is not None and (mm.mm_users == 0 or mm.held is not False)
 
     @property
     def locked(self) -> bool:
@@ -171,8 +182,10 @@ def read_mm_state(prog: drgn.Program, layout: Layout, address: int) -> MmState |
         m = layout.mm.read(prog, address)
     except drgn.FaultError:
         return None
-    locked = bool(m.get("mmap_lock_count", 0) & RWSEM_WRITER_LOCKED)
-    return MmState(m["ma_root"], m["mm_users"], m.get("mm_lock_seq"), locked)
+    count = m.get("mmap_lock_count")
+    locked = bool((count or 0) & RWSEM_WRITER_LOCKED)
+    held = None if count is None else bool(count & RWSEM_LOCK_MASK)
+    return MmState(m["ma_root"], m["mm_users"], m.get("mm_lock_seq"), locked, held)
 
 
 def read_family(prog: drgn.Program, layout: Layout, root: int, members: Iterable[int]) -> Family:

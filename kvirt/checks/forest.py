@@ -20,6 +20,9 @@ from kvirt.mm.pagetable import U64
 
 _ACCUSING = (Severity.ERROR, Severity.WARNING)
 
+# What is told of families is remembered up to here. Bounds memory when everything is wrong.
+_TOLD_MAX = 1 << 16
+
 _Key = tuple[str, int, int, str]
 
 
@@ -54,6 +57,9 @@ class Forest:
         # VMAs of families that other processes belong to as well, by root: not to be looked at again.
         self._done: dict[int, U64] = {}
         self._latest: list[int] = []
+        # What was told of families that had to be read again, because damage hid some of their VMAs.
+        self._told: set[_Key] = set()
+        self._told_latest: set[_Key] = set()
         self.unsound: dict[int, AnonTree] = {}
         """Trees in which the kernel may not find what is there, by anon_vma. Kept, for there are few."""
 
@@ -71,6 +77,7 @@ class Forest:
         found: list[FamilyViolation] = []
         quiet = True
         self._latest = []
+        self._told_latest = set()
         for root, vmas in members.items():
             known = self._done.get(root)
             if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
@@ -90,7 +97,8 @@ class Forest:
         """
         for root in self._latest:
             self._done.pop(root, None)
-        self._latest = []
+        self._told -= self._told_latest
+        self._latest, self._told_latest = [], set()
 
     def _roots(self, space: AddressSpace, vma: int) -> set[int]:
         anon_vmas = (space.anon_vmas.get(link.anon_vma) for link in space.chains[vma].links)
@@ -131,8 +139,14 @@ class Forest:
         for key, one in found.items():
             if key in transient:
                 one = FamilyViolation(one.check, one.violation, Severity.TRANSIENT)
+            elif one.severity in _ACCUSING:
+                if key in self._told:
+                    continue
+                self._told_latest.add(key)
             out.append(one)
-        if any(one.severity is Severity.ERROR for one in out):
+        if len(self._told) < _TOLD_MAX:
+            self._told |= self._told_latest
+        if any(one.severity is Severity.ERROR for key, one in found.items() if key not in transient):
             self.unsound.update(family.trees)
         return family, out, settled
 

@@ -4,6 +4,7 @@
 import pytest
 
 from kvirt.checks import patience
+from kvirt.checks.process import ProcessChecker
 from kvirt.findings import Severity
 from tests.unit.checks.test_process import (
     ANON_VMA,
@@ -40,6 +41,23 @@ def test_lasting_damage_is_an_error(moves):
     assert ids(result) == [("ANON-VMA-CHILDREN", Severity.ERROR)]
     assert (result.findings[0].expected, result.findings[0].actual) == (1, 5)
     assert result.incomplete == []
+
+
+def test_damage_is_told_with_the_first_process_that_shows_it():
+    made_up = Process()
+    made_up.memory.put(SUBTREE_LAST, word(made_up.vma["vm_pgoff"]))
+    checker = ProcessChecker(made_up.memory.prog, LAYOUT, moves=False)
+    tree, pages = ("AVC-TREE-SUBTREE-LAST", Severity.ERROR), ("FOLIO-RMAP-REACH", Severity.ERROR)
+    assert ids(checker.check(MM)) == [tree, pages]
+    # What it hides is each process's own.
+    assert ids(checker.check(MM)) == [pages]
+    made_up = Process()
+    made_up.memory.put(CHILDREN, word(5))
+    checker = ProcessChecker(made_up.memory.prog, LAYOUT, moves=False)
+    first = ids(checker.check(MM))
+    # That process turns out to be gone.
+    checker.forget_latest()
+    assert ids(checker.check(MM)) == first == [("ANON-VMA-CHILDREN", Severity.ERROR)]
 
 
 # The first reading is that of the process.

@@ -16,11 +16,10 @@ from kvirt.layout import RWSEM_LOCK_MASK, RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.interval_tree import Interval, Root, TreeError, in_order
 from kvirt.mm.maple import MapleError, mtree_load
 from kvirt.mm.rmap import AnonVma, AnonVmaChain, Chain, for_each_avc, read_anon_vma, read_avc
-from kvirt.mm.vma import Vma, read_vma, vma_pages
+from kvirt.mm.vma import Vma, read_vma, vma_last_anon_pgoff
 
 # AVCs in one tree. A process has at most 65,530 VMAs by default, and a family of processes many of them.
 NODES_MAX = 1 << 22
-_ULONG_MAX = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +167,7 @@ class _Reader:
                 link = tree.links[address] = links[address]
                 vma = self.add_vma(link.vma)
                 if vma is not None:
-                    start = vma.anon_pgoff
-                    # As the kernel adds them up, where the offset is damaged too.
-                    last = (start + vma_pages(vma) - 1) & _ULONG_MAX
-                    tree.nodes[address] = Interval(address, link.rb, start, last)
+                    tree.nodes[address] = Interval(address, link.rb, vma.anon_pgoff, vma_last_anon_pgoff(vma))
         except TreeError as error:
             tree.broken = str(error)
 

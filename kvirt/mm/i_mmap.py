@@ -24,11 +24,10 @@ from kvirt.mm.interval_tree import (
     read_node,
     subtree_last,
 )
-from kvirt.mm.vma import Vma, read_vma, vma_pages
+from kvirt.mm.vma import Vma, read_vma, vma_last_pgoff
 
 # While a kernel runs, a place that looks wrong is read so often until two readings are the same.
 _READINGS = 6
-_ULONG_MAX = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,5 +123,5 @@ class FileTrees:
             if address:
                 before = read_vma(prog, layout, address)
         with contextlib.suppress(TreeError):
-            last = subtree_last(self._node, node, (vma.vm_pgoff + vma_pages(vma) - 1) & _ULONG_MAX)
+            last = subtree_last(self._node, node, vma_last_pgoff(vma))
         return FilePlace(node, root, None, first, before, last, stray, locked)

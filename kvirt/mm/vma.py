@@ -12,6 +12,8 @@ from drgn.helpers.linux.mm import vma_name as _drgn_vma_name
 
 from kvirt.layout import Layout, layout_of
 
+_ULONG_MAX = (1 << 64) - 1
+
 
 class VmaKind(enum.StrEnum):
     """What a VMA maps."""
@@ -91,7 +93,8 @@ def vma_snapshot(vma: drgn.Object) -> Vma:
 
 def vma_pages(vma: Vma) -> int:
     """Pages that a VMA spans (include/linux/mm.h)."""
-    return (vma.vm_end - vma.vm_start) >> vma.layout.page_shift
+    # As unsigned as the kernel's: a damaged VMA may end before it starts.
+    return ((vma.vm_end - vma.vm_start) & _ULONG_MAX) >> vma.layout.page_shift
 
 
 def vma_start_pgoff(vma: Vma) -> int:
@@ -102,6 +105,16 @@ def vma_start_pgoff(vma: Vma) -> int:
 def vma_start_anon_pgoff(vma: Vma) -> int:
     """Offset by which anonymous folios of the first page are indexed (include/linux/mm.h)."""
     return vma.anon_pgoff
+
+
+def vma_last_pgoff(vma: Vma) -> int:
+    """Offset of the last page in the file (include/linux/mm.h)."""
+    return (vma.vm_pgoff + vma_pages(vma) - 1) & _ULONG_MAX
+
+
+def vma_last_anon_pgoff(vma: Vma) -> int:
+    """Offset by which anonymous folios of the last page are indexed (include/linux/mm.h)."""
+    return (vma.anon_pgoff + vma_pages(vma) - 1) & _ULONG_MAX
 
 
 def linear_page_index(vma: Vma, address: int) -> int:

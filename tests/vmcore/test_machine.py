@@ -193,8 +193,9 @@ def test_process_whose_memory_map_cannot_be_read(dump):
     Overlay(target.prog).write(task.mm.address_of_().value_(), (0xDEAD000000000000).to_bytes(8, "little"))
     report = MachineChecker(target.prog, layout_of(target.prog), moves=False).check()
     assert report.processes == len(address_spaces(dump.open().prog)) - 1
-    [sentence] = [s for s in report.incomplete if f"PID {dump.pid} " in s]
+    [sentence, consequence] = [s for s in report.incomplete if f"PID {dump.pid} " in s]
     assert "memory map cannot be read" in sentence
+    assert consequence.startswith("FOLIO-MAPCOUNT was not checked")
     assert report.exit_status() == 3
 
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
+from random import Random
+
 import numpy as np
 import pytest
 
@@ -155,3 +157,101 @@ def test_bits_that_a_processor_leaves_in_an_empty_entry():
     tables.map(0x7F0000001000, 0x60)
     tables.map(0x7F0000002000, 0x5000 | TABLE)
     assert set(walk(tables, 4)[0]) == {0x7F0000002000}
+
+
+class Plain:
+    """The same walk an entry at a time, by the rules of arch/x86/include/asm/pgtable.h alone."""
+
+    def __init__(self, levels, tables):
+        self.levels = levels
+        self.tables = tables
+
+    def leaves(self):
+        found = {}
+        # The upper half of the top table is the kernel's.
+        self._walk(0x100000, self.levels - 1, 0, range(256), found)
+        return found
+
+    def _walk(self, table, level, base, slots, found):
+        for slot in slots:
+            entry = self.tables[table][slot]
+            address = base + (slot << (12 + 9 * level))
+            if entry == 0:
+                continue
+            if level == 0 or (level < 3 and (entry & PSE or not entry & 1)):
+                found[address] = entry, level
+            elif entry & 1:
+                self._walk(entry & (1 << 52) - 1 & ~0xFFF, level - 1, address, range(512), found)
+
+    @staticmethod
+    def kind(entry, level):
+        """Present for the kernel or not, special or not, and the page frame or the swap type."""
+        if not (entry & 1 or entry & PROTNONE or (level and entry & PSE)):
+            return False, entry >> 59
+        frame = entry if entry & 1 else ~entry
+        return True, bool(entry & SPECIAL), (frame & (1 << 52) - 1) >> (12 + 9 * level) << 9 * level
+
+
+def random_entry(random, level):
+    """A leaf entry of any kind."""
+    frame = random.getrandbits(36) << 9 * level & (1 << 40) - 1
+    pse = PSE if level else 0
+    # Above the page frame: protection keys and no-execute.
+    high = random.getrandbits(4) << 59 | random.getrandbits(1) << 63
+    kind = random.randrange(6)
+    if kind == 0:
+        return frame << 12 | TABLE | pse | high
+    if kind == 1:
+        return frame << 12 | TABLE | pse | SPECIAL | high
+    if kind == 2:
+        # Without rights: inverted, huge or not.
+        return ~(frame << 12) & (1 << 52) - 1 & ~0xFFF | PROTNONE | pse | high
+    if kind == 3 and level:
+        # About to be split: neither present nor without rights for the processor, and huge.
+        return ~(frame << 12) & (1 << 52) - 1 & ~0xFFF | PSE | high
+    if kind == 4:
+        return 0
+    return random.randrange(1, 32) << 59 | ~random.getrandbits(40) << 9 & (1 << 59) - 1 & ~0x3FF
+
+
+@pytest.mark.parametrize("levels", [4, 5])
+@pytest.mark.parametrize("seed", range(25))
+def test_any_tables(seed, levels):
+    random = Random(seed)
+    tables = Tables(levels)
+    top = 1 << (12 + 9 * levels - 1)
+    for _ in range(random.randrange(1, 40)):
+        # Few regions, so that tables are shared; a leaf may hide the tables that were there.
+        level = random.choice((0, 0, 0, 1, 1, 2))
+        near = random.choice((0, 0x7F0000000000, top - (1 << 31)))
+        address = (near + random.randrange(1 << 31)) >> (12 + 9 * level) << (12 + 9 * level)
+        if all(not is_leaf(tables, address, above) for above in range(level, levels)):
+            tables.map(address, random_entry(random, level), level)
+    expected = Plain(levels, tables.tables).leaves()
+    found, troubles = walk(tables, levels)
+    assert found == expected
+    assert troubles.unreadable == []
+    layout = make_layout(levels=levels)
+    for address, (entry, level) in found.items():
+        one = Leaves(np.array([address], dtype=np.uint64), np.array([entry], dtype=np.uint64), level)
+        if leaf_present(one)[0]:
+            kind = True, bool(leaf_special(one)[0]), int(leaf_pfn(layout, one)[0])
+        else:
+            kind = False, int(swap_type(one)[0])
+        assert kind == Plain.kind(entry, level), hex(entry)
+    wanted = np.array(sorted(random.sample(sorted(expected), len(expected) // 2)), dtype=np.uint64)
+    some, _ = walk(tables, levels, wanted)
+    assert some == {address: expected[address] for address in wanted.tolist()}
+
+
+def is_leaf(tables, address, level):
+    """Whether a table of this level is there for an address, and has a leaf at it."""
+    table = 0x100000
+    for above in range(tables.levels - 1, level, -1):
+        entry = tables.tables[table][address >> (12 + 9 * above) & 511]
+        if entry == 0:
+            return False
+        if entry & ~0xFFF not in tables.tables or entry & 0xFFF != TABLE:
+            return True
+        table = entry & ~0xFFF
+    return bool(tables.tables[table][address >> (12 + 9 * level) & 511])

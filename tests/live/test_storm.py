@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A healthy machine in which everything changes all the time is accused of nothing: the storm in short.
 
-`make storm` is the long form.
+`make storm` is the long form, which checks from inside too; that takes minutes a round without KVM.
 """
 
 import json
@@ -16,23 +16,21 @@ from kvirt.lab.kernels import get_kernel
 from kvirt.lab.storm import run
 from tests.conftest import LEGACY, LIFETIME, MODERN
 
-OUTSIDE, INSIDE, DUMPS = 60, 1, 2
+OUTSIDE, DUMPS = 25, 2
 
 
 @pytest.fixture(scope="module", params=[MODERN, LEGACY])
 def seen(request, tmp_path_factory):
-    """What rounds from outside, rounds inside, and dumps gave; and what the storm says of itself.
+    """What rounds from outside and dumps gave; and what the storm says of itself.
 
     In a guest of its own: swap, KSM and huge pages are set for the storm.
     """
     if os.geteuid() != 0:
         pytest.skip("Guests need root: run the tests with `make test`, which uses sudo.")
-    rounds = SimpleNamespace(outside=[], inside=[], dumps=[])
+    rounds = SimpleNamespace(outside=[], dumps=[])
     with Guest(get_kernel(request.param), timeout=LIFETIME) as guest:
-        watcher = run.InsideWatcher(guest, INSIDE)
         with run.storm(guest) as storm:
             rounds.summary = run.watch_from_outside(guest, OUTSIDE, rounds.outside.append)
-            watcher.watch(rounds.inside.append)
             for _ in range(DUMPS):
                 rounds.dumps.append(run.check_dump(guest, tmp_path_factory.mktemp("storm")))
         rounds.storm = storm.summary
@@ -42,14 +40,12 @@ def seen(request, tmp_path_factory):
 
 
 def test_no_round_accuses_a_healthy_machine(seen):
-    assert (len(seen.outside), len(seen.inside), len(seen.dumps)) == (OUTSIDE, INSIDE, DUMPS)
-    assert [
-        error for message in (*seen.outside, *seen.inside, *seen.dumps) for error in message["errors"]
-    ] == []
+    assert (len(seen.outside), len(seen.dumps)) == (OUTSIDE, DUMPS)
+    assert [error for message in (*seen.outside, *seen.dumps) for error in message["errors"]] == []
 
 
 def test_every_round_judged_the_machine(seen):
-    for message in (*seen.outside, *seen.inside, *seen.dumps):
+    for message in (*seen.outside, *seen.dumps):
         assert message["processes"] > 1
         assert message["pages"]["verified"] > 1000
 

@@ -11,17 +11,19 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from kvirt.lab.procfs import PAGE_SIZE
 from kvirt.lab.storm.arena import Arena, NoArea, make_paper
 from kvirt.lab.storm.operations import OPERATIONS
+from kvirt.lab.workload import syscalls as sc
 from kvirt.lab.workload.process import die_with_parent
 
 # What processes do to each other, beside the operations on memory.
 FORK, SPAWN, EXEC, EXIT, FAULT = "fork", "spawn", "exec", "exit", "fault in a thread"
-NAMES = (*(operation.name for operation in OPERATIONS), FORK, SPAWN, EXEC, EXIT, FAULT)
+FORK_WIDE = "fork of many VMAs"
+NAMES = (*(operation.name for operation in OPERATIONS), FORK, SPAWN, EXEC, EXIT, FAULT, FORK_WIDE)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
 
 FORK_WEIGHT, SPAWN_WEIGHT = 12, 3
@@ -30,6 +32,8 @@ DEPTH, CHILDREN = 4, 2
 # Operations that a child lives for, and seconds after which it is stuck and killed.
 LIFE = (1, 24)
 STUCK = 60
+# VMAs of the process that is nearly always in the middle of a fork, with mmap_lock held for write.
+WIDE = 100
 # Programs that do nothing for a while: small processes to look at. Most of an exec is before that.
 PROGRAMS = (("/bin/true",), ("/bin/sleep", "0.02"), ("/bin/sh", "-c", "x=1; (x=2; exec /bin/true); :"))
 
@@ -196,8 +200,32 @@ def fault_for_ever(actor: Actor, random: Random) -> None:
             actor.account.note(FAULT)
 
 
-def start_worker(number: int, seed: int, account: Account, budget: Budget) -> int:
-    """Fork one of the first processes, a session of its own; returns its PID."""
+def fork_wide(account: Account) -> None:
+    """Fork for ever, with so many VMAs that copying them is most of it."""
+    size = WIDE * PAGE_SIZE
+    start = sc.mmap(0, size, sc.PROT_READ | sc.PROT_WRITE, sc.MAP_PRIVATE | sc.MAP_ANONYMOUS)
+    sc.store(start, size, 1)
+    for page in range(start, start + size, 2 * PAGE_SIZE):
+        sc.mprotect(page, PAGE_SIZE, sc.PROT_READ)
+    while True:
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+        account.note(FORK_WIDE)
+
+
+def act(account: Account, budget: Budget, random: Random, faults: Random) -> None:
+    """Do operations for ever, while a thread touches what they are done to."""
+    # A child has the thread that forked it alone, and that one holds no lock.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    actor = Actor(random, account, budget)
+    threading.Thread(target=fault_for_ever, args=(actor, faults), daemon=True).start()
+    actor.go_on()
+
+
+def start(work: Callable[[], None]) -> int:
+    """Fork one of the first processes, a session of its own, to do work that does not end; its PID."""
     pid = os.fork()
     if pid:
         return pid
@@ -208,13 +236,7 @@ def start_worker(number: int, seed: int, account: Account, budget: Budget) -> in
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # When nobody counts any more, the processes end.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        # A child has the thread that forked it alone, and that one holds no lock.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        actor = Actor(Random(f"{seed}/{number}"), account, budget)
-        threading.Thread(
-            target=fault_for_ever, args=(actor, Random(f"{seed}/{number}/faults")), daemon=True
-        ).start()
-        actor.go_on()
+        work()
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

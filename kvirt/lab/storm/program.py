@@ -11,10 +11,11 @@ import select
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from kvirt.lab.storm import machine
-from kvirt.lab.storm.processes import NAMES, Account, Budget, end, start_worker
+from kvirt.lab.storm.processes import NAMES, Account, Budget, act, end, fork_wide, start
 from kvirt.lab.workload import syscalls as sc
 
 WORKERS = 3
@@ -70,8 +71,10 @@ class Storm:
         self._counters = machine.Counters()
         self._started = time.monotonic()
         self._workers: list[int] = []
+        self._workers.append(start(partial(fork_wide, self._account)))
         for number in range(workers):
-            self._workers.append(start_worker(number, seed, self._account, self._budget))
+            randoms = (random.Random(f"{seed}/{number}/{what}") for what in ("operations", "faults"))
+            self._workers.append(start(partial(act, self._account, self._budget, *randoms)))
 
     def blow(self, seconds: float | None) -> None:
         """Count until stdin ends, or that many seconds are over, or a worker fails."""

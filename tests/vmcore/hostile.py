@@ -77,7 +77,8 @@ class Hostile:
                 kind = chance.choice(KINDS)
                 try:
                     outcome.damaged.append(f"{kind.__name__}: {kind(scene)}")
-                except (drgn.FaultError, IndexError) as error:
+                except (drgn.FaultError, IndexError, OverflowError) as error:
+                    # What was damaged before may have taken it away.
                     outcome.damaged.append(f"{kind.__name__}: not there ({error})")
             outcome.report = self.check(outcome.pids)
         finally:
@@ -272,7 +273,8 @@ def struct_page_words(scene):
     )
     leaves = leaves.take(leaf_present(leaves))
     pfn = int(scene.chance.choice(leaf_pfn(scene.layout, leaves).tolist()))
-    at = scene.layout.vmemmap + (pfn + scene.chance.randrange(3)) * 64 + 8 * scene.chance.randrange(8)
+    page = scene.layout.vmemmap + (pfn + scene.chance.randrange(3)) * scene.layout.page.size
+    at = page + 8 * scene.chance.randrange(8)
     value = scene.value()
     scene.hostile.write(at, value)
     return f"the word at {at:#x} of a struct page is {value:#x}"

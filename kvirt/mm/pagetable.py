@@ -16,20 +16,34 @@ U64 = npt.NDArray[np.uint64]
 U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
+_ENTRIES = 512
+_TABLE_BYTES = 4096
 # arch/x86/include/asm/pgtable_types.h
 _PAGE_PRESENT = np.uint64(1 << 0)
+_PAGE_RW = np.uint64(1 << 1)
+_PAGE_USER = np.uint64(1 << 2)
+_PAGE_ACCESSED = np.uint64(1 << 5)
+_PAGE_DIRTY = np.uint64(1 << 6)
+_PAGE_NOPTISHADOW = np.uint64(1 << 58)
+_PAGE_NX = np.uint64(1 << 63)
 _PAGE_PSE = np.uint64(1 << 7)
 _PAGE_PROTNONE = np.uint64(1 << 8)
 _PAGE_SPECIAL = np.uint64(1 << 9)
+# What an entry that leads to a table has, _PAGE_TABLE, and what it may have: the accessed bit is cleared
+# where the kernel looks for young tables, and page table isolation marks those of the top table.
+_TABLE_HAS = _PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_DIRTY
+_TABLE_MAY = _TABLE_HAS | _PAGE_ACCESSED | _PAGE_NX | _PAGE_NOPTISHADOW
+# The address, and with it a bit for encrypted memory, may be any: what does not exist cannot be read.
+_TABLE_NOT = ~(_TABLE_MAY | np.uint64((1 << 52) - _TABLE_BYTES))
 # An entry with these alone is none: a processor may set them in an empty one (_KNL_ERRATUM_MASK).
 _ERRATUM = np.uint64(1 << 5 | 1 << 6)
 # arch/x86/include/asm/pgtable_64.h
 SWP_TYPE_BITS = 5
 _SWP_OFFSET_SHIFT = 9 + SWP_TYPE_BITS
-_ENTRIES = 512
-_TABLE_BYTES = 4096
 # PTE tables decoded at once: 1 Mi pages. Bounds memory, whatever the size of the process.
 _TABLES_AT_ONCE = 2048
+# Tables that are tried one by one when they cannot be read; the rest of those is then given up unread.
+_UNREADABLE_MAX = 1 << 12
 
 
 @dataclass(slots=True)
@@ -137,6 +151,8 @@ def _read_tables(
         except drgn.FaultError:
             for i in range(start, end):
                 try:
+                    if len(troubles.unreadable) >= _UNREADABLE_MAX:
+                        raise drgn.FaultError("given up", int(physical[i]))
                     chunks.append(prog.read(int(physical[i]), _TABLE_BYTES, physical=True))
                 except drgn.FaultError:
                     good[i] = False
@@ -150,6 +166,16 @@ def _children(tables: U64, bases: U64, level: int, shift: int) -> tuple[U64, U64
     rows, columns = np.nonzero(tables & ~_ERRATUM)
     span = np.uint64(shift + 9 * level)
     return tables[rows, columns], bases[rows] + (columns.astype(np.uint64) << span)
+
+
+def _bad(entries: U64) -> Bool:
+    """Which entries cannot lead to a table (``pgd_bad()`` ... ``pmd_bad()``, arch/x86/include/asm/pgtable.h).
+
+    What was a table of a process that has just exited may be anybody's data, and each word of it lead
+    anywhere; followed, they would be tables without end.
+    """
+    bad: Bool = ((entries & _TABLE_NOT) != 0) | ((entries & _TABLE_HAS) != _TABLE_HAS)
+    return bad
 
 
 def _wanted(addresses: U64, span: int, wanted: U64 | None) -> Bool:
@@ -198,10 +224,10 @@ def for_each_leaf(
             present = (entries & _PAGE_PRESENT) != 0
             entries, addresses = entries[present], addresses[present]
         physical = entries & np.uint64(layout.physical_mask & ~(_TABLE_BYTES - 1))
-        looped = np.isin(physical, above)
-        troubles.unreadable += addresses[looped].tolist()
-        entries, addresses = entries[~looped], addresses[~looped]
-        above = np.concatenate((above, physical[~looped]))
+        wrong = _bad(entries) | np.isin(physical, above)
+        troubles.unreadable += addresses[wrong].tolist()
+        entries, addresses = entries[~wrong], addresses[~wrong]
+        above = np.concatenate((above, physical[~wrong]))
         if level == 1:
             break
         if len(entries) == 0:

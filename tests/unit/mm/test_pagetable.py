@@ -4,6 +4,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from kvirt.mm import pagetable
 from kvirt.mm.pagetable import (
     Leaves,
     WalkTroubles,
@@ -101,6 +102,38 @@ def test_unreadable_table_is_noted_and_the_rest_is_walked():
     found, troubles = walk(tables, 4, missing=(lost,))
     assert set(found) == {0x7F0000201000}
     assert troubles.unreadable == [0x7F0000000000]
+
+
+@pytest.mark.parametrize("stray", [1, 0x5, 0x27, 0xE7, 0x667, 1 << 52 | 0x67, 0xFFFF8880000000FF])
+def test_what_cannot_lead_to_a_table_is_not_followed(stray):
+    tables = Tables(4)
+    tables.map(0x7F0000001000, 0x5000 | TABLE)
+    tables.tables[0x100000][3] = stray
+    found, troubles = walk(tables, 4)
+    assert list(found) == [0x7F0000001000]
+    assert troubles.unreadable == [3 << 39]
+
+
+@pytest.mark.parametrize("low", [0x47, 0x67, 1 << 63 | 0x67])
+def test_what_the_kernel_itself_sets_in_an_entry_for_a_table(low):
+    tables = Tables(4)
+    tables.map(0x7F0000001000, 0x5000 | TABLE)
+    tables.tables[0x100000] = [entry and entry & ~0xFFF | low for entry in tables.tables[0x100000]]
+    found, troubles = walk(tables, 4)
+    assert list(found) == [0x7F0000001000]
+    assert troubles.unreadable == []
+
+
+def test_tables_are_not_tried_one_by_one_for_ever(monkeypatch):
+    tables = Tables(4)
+    addresses = [i << 21 for i in range(8)]
+    for address in addresses:
+        tables.map(address, 0x5000 | TABLE)
+    leading = sorted(tables.tables)[-8:]
+    assert walk(tables, 4, missing=leading[:3])[1].unreadable == addresses[:3]
+    monkeypatch.setattr(pagetable, "_UNREADABLE_MAX", 3)
+    found, troubles = walk(tables, 4, missing=leading[:3])
+    assert (found, troubles.unreadable) == ({}, addresses)
 
 
 def test_migrating_huge_page_is_a_leaf():

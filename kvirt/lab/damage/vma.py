@@ -53,7 +53,14 @@ def _start(scene: Scene) -> Damaged:
 def _impossible(scene: Scene) -> Damaged:
     vma = scene.vma("unfaulted VMA", lambda v: not v.anon_vma)
     scene.set_vma(vma, "vm_end", vma.vm_start)
-    return Damaged("VMA-TREE", f"the VMA at {vma.vm_start:#x} ends where it starts", None, vma.vm_start)
+    return Damaged(
+        "VMA-TREE",
+        f"the VMA at {vma.vm_start:#x} ends where it starts",
+        None,
+        vma.vm_start,
+        # Its last file offset went with its end.
+        also=frozenset({"FILE-TREE-LAST"}),
+    )
 
 
 @damage("VMA-UNFAULTED-PGOFF")

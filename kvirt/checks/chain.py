@@ -68,7 +68,7 @@ def avc_self(context: VmaContext) -> Iterator[Violation]:
         if count > 1:
             yield Violation(f"the chain has the same anon_vma {count} times", actual=anon_vma)
     whole = chain.broken is None and chain.links and vma.anon_vma
-    if whole and vma.anon_vma not in context.chain_anon_vmas():
+    if whole and vma.anon_vma not in context.chain.anon_vmas():
         yield Violation("the VMA's own anon_vma is not in its chain", actual=vma.anon_vma)
 
 
@@ -83,7 +83,7 @@ def anon_vma_root(context: VmaContext) -> Iterator[Violation]:
     own = context.anon_vma(context.vma.anon_vma)
     if own is None or context.chain.broken is not None:
         return
-    for address in sorted(context.chain_anon_vmas()):
+    for address in sorted(context.chain.anon_vmas()):
         other = context.anon_vma(address)
         if other is not None and other.root != own.root:
             yield Violation(
@@ -113,7 +113,7 @@ def root_in_chain(context: VmaContext) -> Iterator[Violation]:
     own = context.anon_vma(context.vma.anon_vma)
     if own is None or context.chain.broken is not None or not context.chain.links:
         return
-    if own.root not in context.chain_anon_vmas():
+    if own.root not in context.chain.anon_vmas():
         yield Violation("the root of the VMA's anon_vma is not in its chain", expected=own.root)
 
 
@@ -127,7 +127,7 @@ def parent_in_chain(context: VmaContext) -> Iterator[Violation]:
     """Nothing else keeps the parent alive."""
     if context.chain.broken is not None:
         return
-    members = context.chain_anon_vmas()
+    members = context.chain.anon_vmas()
     for address in sorted(members):
         anon_vma = context.anon_vma(address)
         if anon_vma is not None and anon_vma.parent not in members:

@@ -50,10 +50,6 @@ def ksm_index(batch: PageBatch) -> PageViolations:
 )
 def ksm_anon_vma(batch: PageBatch) -> PageViolations:
     """Rmap of a KSM page finds its VMA at all."""
-    expected, actual = batch.table.anon_vma[batch.row], batch.rmap_items.anon_vma
-    mask = np.zeros(len(actual), dtype=bool)
-    for i in np.flatnonzero(batch.rmap_items.found).tolist():
-        chain = batch.table.space.chains[batch.table.vmas[int(batch.row[i])].address]
-        # What a damaged chain holds is not known, and AVC-SELF reports it.
-        mask[i] = chain.broken is None and int(actual[i]) not in {link.anon_vma for link in chain.links}
-    return PageViolations(mask, expected, actual)
+    actual = batch.rmap_items.anon_vma
+    mask = batch.off_chain(np.flatnonzero(batch.rmap_items.found), actual, unfaulted=False)
+    return PageViolations(mask, batch.table.anon_vma[batch.row], actual)

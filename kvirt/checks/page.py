@@ -41,28 +41,8 @@ def folio_index(batch: PageBatch) -> PageViolations:
 def folio_anon_vma(batch: PageBatch) -> PageViolations:
     """Rmap of the folio finds this VMA at all."""
     actual = batch.folios.anon_vma()
-    expected = batch.table.anon_vma[batch.row]
-    mask = np.zeros(len(actual), dtype=bool)
-    anon = np.flatnonzero(batch.folios.is_anon())
-    if len(anon):
-        row, on = batch.row[anon], actual[anon]
-        # Neighbours mostly agree: judge each run of the same VMA and anon_vma once.
-        change = np.flatnonzero((np.diff(row) != 0) | (np.diff(on) != 0)) + 1
-        starts = np.concatenate(([0], change))
-        lengths = np.diff(np.concatenate((starts, [len(anon)])))
-        verdicts: dict[tuple[int, int], bool] = {}
-        bad = np.empty(len(starts), dtype=bool)
-        for i, start in enumerate(starts):
-            key = int(row[start]), int(on[start])
-            if key not in verdicts:
-                vma = batch.table.vmas[key[0]]
-                chain = batch.table.space.chains[vma.address]
-                members = {link.anon_vma for link in chain.links}
-                # What a damaged chain holds is not known, and AVC-SELF reports it.
-                verdicts[key] = chain.broken is None and (vma.anon_vma == 0 or key[1] not in members)
-            bad[i] = verdicts[key]
-        mask[anon] = np.repeat(bad, lengths)
-    return PageViolations(mask, expected, actual)
+    mask = batch.off_chain(np.flatnonzero(batch.folios.is_anon()), actual, unfaulted=True)
+    return PageViolations(mask, batch.table.anon_vma[batch.row], actual)
 
 
 @page_check(

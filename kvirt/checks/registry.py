@@ -62,10 +62,6 @@ class VmaContext:
         """The kernel's layout."""
         return self.vma.layout
 
-    def chain_anon_vmas(self) -> set[int]:
-        """Addresses of the anon_vmas in the chain."""
-        return {link.anon_vma for link in self.chain.links}
-
     def anon_vma(self, address: int) -> AnonVma | None:
         """An anon_vma that was read with the process, None if it could not be."""
         return self.space.anon_vmas.get(address)
@@ -145,6 +141,29 @@ class PageBatch:
     def expected_file_index(self) -> U64:
         """``linear_page_index()`` of each page."""
         return self._linear(self.table.vm_pgoff)
+
+    def off_chain(self, which: npt.NDArray[np.intp], anon_vma: U64, *, unfaulted: bool) -> Bool:
+        """Of which pages the anon_vma is not in the chain of their VMA.
+
+        What a damaged chain holds is not known, and AVC-SELF reports it: of its pages none.
+
+        :param which: the pages to look at
+        :param anon_vma: one for each page of the batch
+        :param unfaulted: whether to take the chain of a VMA without an anon_vma of its own for empty
+        """
+        mask = np.zeros(len(self.row), dtype=bool)
+        # Neighbours mostly agree: judge each run of the same VMA and anon_vma once.
+        change = np.flatnonzero((np.diff(self.row[which]) != 0) | (np.diff(anon_vma[which]) != 0)) + 1
+        verdicts: dict[tuple[int, int], bool] = {}
+        for run in np.split(which, change) if len(which) else ():
+            key = row, on = int(self.row[run[0]]), int(anon_vma[run[0]])
+            if key not in verdicts:
+                vma = self.table.vmas[row]
+                chain = self.table.space.chains[vma.address]
+                off = on not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
+                verdicts[key] = chain.broken is None and off
+            mask[run] = verdicts[key]
+        return mask
 
     def index(self) -> U64:
         """``folio->index`` plus the page's number within the folio."""

@@ -35,7 +35,7 @@ def avc_in_tree(family: Family) -> Iterator[Violation]:
     Transient for VMAs that their mm does not have any more: munmap() and exit() take them out of the
     trees after that. An error if nobody holds the mmap_lock, as munmap() would.
     """
-    in_chains = {link.address for chain in family.chains.values() for link in chain.links}
+    in_chains = {link.address for link in family.links()}
     leaving: Counter[int] = Counter()
     for anon_vma, tree in family.trees.items():
         for link in tree.links.values():
@@ -223,7 +223,7 @@ def anon_vma_ref(family: Family) -> Iterator[Violation]:
     """
     if not family.whole():
         return
-    in_chains = {link.anon_vma for chain in family.chains.values() for link in chain.links}
+    in_chains = {link.anon_vma for link in family.links()}
     for address, anon_vma in family.anon_vmas.items():
         if address not in in_chains and not family.trees[address].links:
             # No VMA leads to it any more: while the kernel runs, it was freed after its process was read.
@@ -258,8 +258,7 @@ def same_av_same_chain(family: Family) -> Iterator[Violation]:
     for address, vma in family.vmas.items():
         chain = family.chains[address]
         if vma.anon_vma and chain.links and chain.broken is None and family.attached[address]:
-            members = frozenset(link.anon_vma for link in chain.links)
-            groups.setdefault(vma.anon_vma, []).append((vma, members))
+            groups.setdefault(vma.anon_vma, []).append((vma, chain.anon_vmas()))
     for anon_vma, group in groups.items():
         ((usual, _),) = Counter(members for _, members in group).most_common(1)
         for vma, members in group:

@@ -7,7 +7,7 @@ anonymous pages may be on one of them is in the root's tree (kernel: mm/rmap.c, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import drgn
@@ -77,13 +77,16 @@ class Family:
         root = self.anon_vmas.get(self.root)
         return root is not None and bool(root.write_locked)
 
+    def links(self) -> Iterator[AnonVmaChain]:
+        """The links of all chains."""
+        return (link for chain in self.chains.values() for link in chain.links)
+
     def whole(self) -> bool:
         """Whether nothing of it is out of reach, so that it can be counted."""
-        chains = (link.anon_vma for chain in self.chains.values() for link in chain.links)
         return (
             all(tree.broken is None and len(tree.links) == len(tree.nodes) for tree in self.trees.values())
             and all(chain.broken is None for chain in self.chains.values())
-            and all(anon_vma in self.anon_vmas for anon_vma in chains)
+            and all(link.anon_vma in self.anon_vmas for link in self.links())
         )
 
     def shared(self) -> bool:

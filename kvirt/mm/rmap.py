@@ -51,6 +51,10 @@ class Chain:
     broken: str | None = None
     """Why the list could not be followed to its end, if it could not."""
 
+    def anon_vmas(self) -> frozenset[int]:
+        """Addresses of the anon_vmas in it."""
+        return frozenset(link.anon_vma for link in self.links)
+
 
 def read_anon_vma(prog: drgn.Program, layout: Layout, address: int) -> AnonVma:
     """Read a ``struct anon_vma`` with one read.

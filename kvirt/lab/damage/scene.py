@@ -246,7 +246,7 @@ class Scene:
                 if task.mm and task.mm.value_() != self.space.address:
                     space = read_address_space(self.prog, self.layout, task.mm.value_())
                     self._elsewhere.update(space.anon_vmas)
-        chain = {link.anon_vma for link in self.space.chains[vma.address].links}
+        chain = self.space.chains[vma.address].anon_vmas()
         for address, anon_vma in self._elsewhere.items():
             if anon_vma.root == own.root and address not in chain:
                 return address
@@ -254,7 +254,7 @@ class Scene:
 
     def foreign_root(self, vma: Vma) -> int:
         """A root anon_vma of the process that has nothing to do with a VMA."""
-        chain = {link.anon_vma for link in self.space.chains[vma.address].links}
+        chain = self.space.chains[vma.address].anon_vmas()
         for address, anon_vma in self.space.anon_vmas.items():
             if anon_vma.root == address and address not in chain:
                 return address

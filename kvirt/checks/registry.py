@@ -208,9 +208,10 @@ class PageViolations:
 MmRun = Callable[[AddressSpace], Iterator[Violation]]
 VmaRun = Callable[[VmaContext], Iterator[Violation]]
 PageRun = Callable[[PageBatch], PageViolations]
-T = TypeVar("T")
 FamilyRun = Callable[[Family], Iterator[Violation]]
 EntryRun = Callable[[EntryBatch], PageViolations]
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def _always(layout: Layout) -> bool:
@@ -274,9 +275,16 @@ def _paragraphs(function: Callable[..., object]) -> list[str]:
 CHECKS: dict[str, Check] = {}
 
 
-def _register(check: Check) -> None:
-    assert check.id not in CHECKS, check.id
-    CHECKS[check.id] = check
+def _registering(make: Callable[[F], Check]) -> Callable[[F], F]:
+    """A decorator that registers the check that *make* makes of what is decorated."""
+
+    def register(run: F) -> F:
+        check = make(run)
+        assert check.id not in CHECKS, check.id
+        CHECKS[check.id] = check
+        return run
+
+    return register
 
 
 def mm_check(
@@ -289,11 +297,7 @@ def mm_check(
 ) -> Callable[[MmRun], MmRun]:
     """Register an invariant of a whole address space."""
 
-    def register(run: MmRun) -> MmRun:
-        _register(Check(id, severity, says, relied_on, applies, mm=run))
-        return run
-
-    return register
+    return _registering(lambda run: Check(id, severity, says, relied_on, applies, mm=run))
 
 
 def vma_check(
@@ -310,11 +314,7 @@ def vma_check(
     :param faulting: whether the first fault in a VMA breaks it for a moment
     """
 
-    def register(run: VmaRun) -> VmaRun:
-        _register(Check(id, severity, says, relied_on, applies, faulting, vma=run))
-        return run
-
-    return register
+    return _registering(lambda run: Check(id, severity, says, relied_on, applies, faulting, vma=run))
 
 
 def family_check(
@@ -327,11 +327,7 @@ def family_check(
 ) -> Callable[[FamilyRun], FamilyRun]:
     """Register an invariant of a family of anon_vmas and their trees."""
 
-    def register(run: FamilyRun) -> FamilyRun:
-        _register(Check(id, severity, says, relied_on, applies, family=run))
-        return run
-
-    return register
+    return _registering(lambda run: Check(id, severity, says, relied_on, applies, family=run))
 
 
 def page_check(
@@ -350,11 +346,9 @@ def page_check(
     :param alike: of (expected, actual); pages of one VMA for which it is the same are one finding
     """
 
-    def register(run: PageRun) -> PageRun:
-        _register(Check(id, severity, says, relied_on, applies, page=run, message=message, alike=alike))
-        return run
-
-    return register
+    return _registering(
+        lambda run: Check(id, severity, says, relied_on, applies, page=run, message=message, alike=alike)
+    )
 
 
 def entry_check(
@@ -369,11 +363,9 @@ def entry_check(
 ) -> Callable[[EntryRun], EntryRun]:
     """Register an invariant of entries that are not present; the rest as for :func:`page_check`."""
 
-    def register(run: EntryRun) -> EntryRun:
-        _register(Check(id, severity, says, relied_on, applies, entry=run, message=message, alike=alike))
-        return run
-
-    return register
+    return _registering(
+        lambda run: Check(id, severity, says, relied_on, applies, entry=run, message=message, alike=alike)
+    )
 
 
 def machine_check(
@@ -386,11 +378,7 @@ def machine_check(
 ) -> Callable[[type[T]], type[T]]:
     """Register an invariant that takes all processes of a machine: a class that adds them up."""
 
-    def register(class_: type[T]) -> type[T]:
-        _register(Check(id, severity, says, relied_on, applies, machine=class_))
-        return class_
-
-    return register
+    return _registering(lambda class_: Check(id, severity, says, relied_on, applies, machine=class_))
 
 
 # Whose invariants come first in lists.

@@ -45,29 +45,31 @@ def folio_rmap_reach(batch: PageBatch) -> PageViolations:
     In a tree that keeps all invariants a search finds what is there, so it is tried in those that do not,
     with the kernel's own shortcuts. Not judged here: folios with a wrong index or anon_vma.
     """
-    table, folios, index = batch.table, batch.folios, batch.index()
-    mask: Bool = np.zeros(len(index), dtype=bool)
-    if table.unsound:
-        unsound = np.fromiter(table.unsound, dtype=np.uint64)
-        anon_vma = folios.anon_vma()
-        judged = folios.is_anon() & np.isin(anon_vma, unsound) & (batch.expected_index() == index)
-        where = np.flatnonzero(judged & ~table.temporary_stack[batch.row])
-        # Thousands of VMAs may share one tree: folios are sorted once, and so are the points of each tree.
-        where = where[np.lexsort((anon_vma[where], batch.row[where]))]
-        row_changes = np.diff(batch.row[where]) != 0
-        groups = np.flatnonzero(row_changes | (np.diff(anon_vma[where]) != 0)) + 1
-        points: dict[int, U64] = {}
-        for at in np.split(where, groups) if len(where) else ():
-            vma, address = table.vmas[int(batch.row[at[0]])], int(anon_vma[at[0]])
-            tree = table.unsound[address]
-            if address not in table.space.chains[vma.address].anon_vmas():
-                continue
-            if address not in points:
-                points[address] = _points(tree)
-            first = folios.index[at]
-            last = first + folios.nr_pages[at].astype(np.uint64) - np.uint64(1)
-            number = _classes(points[address], first, last)
-            for one, example in zip(*np.unique(number, return_index=True), strict=True):
-                if not _is_found(tree, vma.address, int(first[example]), int(last[example])):
-                    mask[at[number == one]] = True
-    return PageViolations(mask, batch.expected_index(), index)
+    table, folios = batch.table, batch.folios
+    mask: Bool = np.zeros(len(batch.row), dtype=bool)
+    if not table.unsound:
+        return PageViolations(mask, folios.index, folios.index)
+    expected, index = batch.expected_index(), batch.index()
+    unsound = np.fromiter(table.unsound, dtype=np.uint64)
+    anon_vma = folios.anon_vma()
+    judged = folios.is_anon() & np.isin(anon_vma, unsound) & (expected == index)
+    where = np.flatnonzero(judged & ~table.temporary_stack[batch.row])
+    # Thousands of VMAs may share one tree: folios are sorted once, and so are the points of each tree.
+    where = where[np.lexsort((anon_vma[where], batch.row[where]))]
+    row_changes = np.diff(batch.row[where]) != 0
+    groups = np.flatnonzero(row_changes | (np.diff(anon_vma[where]) != 0)) + 1
+    points: dict[int, U64] = {}
+    for at in np.split(where, groups) if len(where) else ():
+        vma, address = table.vmas[int(batch.row[at[0]])], int(anon_vma[at[0]])
+        tree = table.unsound[address]
+        if address not in table.space.chains[vma.address].anon_vmas():
+            continue
+        if address not in points:
+            points[address] = _points(tree)
+        first = folios.index[at]
+        last = first + folios.nr_pages[at].astype(np.uint64) - np.uint64(1)
+        number = _classes(points[address], first, last)
+        for one, example in zip(*np.unique(number, return_index=True), strict=True):
+            if not _is_found(tree, vma.address, int(first[example]), int(last[example])):
+                mask[at[number == one]] = True
+    return PageViolations(mask, expected, index)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import drgn
 import numpy as np
@@ -28,6 +28,7 @@ from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
 from kvirt.mm.i_mmap import FileTrees
 from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf
+from kvirt.mm.vma import Vma
 from kvirt.tasks import for_each_process
 
 # Entries of one process that are remembered one by one when they look wrong. Bounds memory when
@@ -372,38 +373,34 @@ class ProcessChecker:
             severity = violation.severity or check.severity
             if key in transient or unsettled or (check.faulting and _anon_vma_locked(context)):
                 severity = Severity.TRANSIENT
-            vma = None if context is None else (context.vma.vm_start, context.vma.vm_end)
-            yield Finding(
-                check.id,
-                severity,
-                violation.message,
-                vma=vma,
-                address=violation.address,
-                expected=violation.expected,
-                actual=violation.actual,
-            )
+            yield _finding(check, severity, violation, None if context is None else context.vma)
 
     def _family_findings(self, space: AddressSpace, families: list[FamilyViolation]) -> Iterator[Finding]:
         owners: dict[int, int] | None = None
         for one in families:
             violation, vma = one.violation, one.violation.vma
-            message, pid = violation.message, None
+            finding = _finding(one.check, one.severity, violation, vma)
             if vma is not None and vma.vm_mm != space.address:
                 if owners is None:
                     owners = {p.mm: p.pid for p in for_each_process(self.prog, moves=self.moves).found}
-                pid = owners.get(vma.vm_mm)
-                if pid is None:
-                    message += f" (in the mm {vma.vm_mm:#x}, which no task has)"
-            yield Finding(
-                one.check.id,
-                one.severity,
-                message,
-                pid=pid,
-                vma=None if vma is None else (vma.vm_start, vma.vm_end),
-                address=violation.address,
-                expected=violation.expected,
-                actual=violation.actual,
-            )
+                if vma.vm_mm in owners:
+                    finding = replace(finding, pid=owners[vma.vm_mm])
+                else:
+                    message = f"{finding.message} (in the mm {vma.vm_mm:#x}, which no task has)"
+                    finding = replace(finding, message=message)
+            yield finding
+
+
+def _finding(check: Check, severity: Severity, violation: Violation, vma: Vma | None) -> Finding:
+    return Finding(
+        check.id,
+        severity,
+        violation.message,
+        vma=None if vma is None else (vma.vm_start, vma.vm_end),
+        address=violation.address,
+        expected=violation.expected,
+        actual=violation.actual,
+    )
 
 
 def _anon_vma_locked(context: VmaContext | None) -> bool:

@@ -17,9 +17,9 @@ from kvirt.errors import printable
 from kvirt.findings import MAX_FINDINGS, Report
 from kvirt.layout import Layout, layout_of
 from kvirt.target import Target, open_target
+from kvirt.tasks import PID_MAX_LIMIT
 
-# PID_MAX_LIMIT, include/linux/threads.h
-PID = click.IntRange(min=1, max=1 << 22)
+PID = click.IntRange(min=1, max=PID_MAX_LIMIT)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

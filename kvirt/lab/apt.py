@@ -215,3 +215,10 @@ def settings(names: Sequence[str] = ("Acquire",)) -> list[str]:
 def _complaint(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.startswith(("E:", "W:"))]
     return "; ".join(lines[:2]) or "it does not say why"
+
+
+def unpack(package: Path, directory: Path) -> None:
+    """Unpack the files of a downloaded package into ``directory``."""
+    done = host.run([host.program("dpkg-deb"), "-x", package, directory])
+    if done.returncode != 0:
+        raise KvirtError(f"{package.name} cannot be unpacked ({done.stderr.strip()}): try again.")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from kvirt.errors import KvirtError
-from kvirt.lab import apt, defaults, host
+from kvirt.lab import apt, defaults, headers, host
 from kvirt.lab.cache import built, cache_dir, locked
 from kvirt.lab.progress import Report, silent, step
 
@@ -118,7 +118,7 @@ def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, updat
     With ``update`` the mirror is asked for a newer one even if the cache has a match.
     """
     cached = None if update else newest(pattern, _cached())
-    if cached is not None:
+    if cached is not None and headers.has_headers(_modules(cached.release)):
         return _load(cached.release)
     with locked("kernels"):
         # Another kvirt may have fetched it while this one waited.
@@ -127,6 +127,9 @@ def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, updat
             cached = _find(pattern, report)
             if not (_directory(cached.release) / "kernel.json").exists():
                 _fetch(cached, report)
+        modules = _modules(cached.release)
+        if not headers.has_headers(modules):
+            headers.fetch_headers(apt.Suite(cached.suite), cached.release, modules, report)
         return _load(cached.release)
 
 
@@ -142,9 +145,13 @@ def _cached() -> list[Candidate]:
     return found
 
 
+def _modules(release: str) -> Path:
+    return _directory(release) / "modules"
+
+
 def _load(release: str) -> Kernel:
     directory = _directory(release)
-    return Kernel(release, directory / "vmlinuz", directory / "vmlinux", directory / "modules")
+    return Kernel(release, directory / "vmlinuz", directory / "vmlinux", _modules(release))
 
 
 def _find(pattern: str, report: Report) -> Candidate:
@@ -204,9 +211,7 @@ def _fetch(candidate: Candidate, report: Report) -> None:
 def unpack(package: Path, directory: Path, release: str) -> None:
     """Unpack the image and the modules of one package into ``directory``."""
     scratch = directory / "unpacked"
-    done = host.run([host.program("dpkg-deb"), "-x", package, scratch])
-    if done.returncode != 0:
-        raise KvirtError(f"{package.name} cannot be unpacked ({done.stderr.strip()}): try again.")
+    apt.unpack(package, scratch)
     modules = scratch / "usr" / "lib" / "modules" / release
     if not modules.is_dir():
         modules = scratch / "lib" / "modules" / release

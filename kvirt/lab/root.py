@@ -29,8 +29,11 @@ from kvirt.lab.tree import TREE
 SUITE = "trixie"
 # One Debian package a line.
 PACKAGES = (
+    "bpftool",  # says which BPF programs are loaded, whoever loaded them
+    "bpftrace",  # counts what kvirt counts, in its own way
     "kmod",  # modprobe, which knows how to unpack Debian's modules
     "python3",
+    "python3-bpfcc",  # the bcc that kvirt trace loads its programs with
 )
 # Bounds for the guest alone. numpy's wheels from 2.4 on refuse to run without cmpxchg16b, which the
 # guest has to do without where QEMU emulates it wrongly (see accel.py).

@@ -4,7 +4,7 @@
 import pytest
 
 from kvirt.errors import KvirtError
-from kvirt.lab import kernels
+from kvirt.lab import headers, kernels
 from kvirt.lab.kernels import Candidate, Kernel
 
 
@@ -87,11 +87,19 @@ def test_a_cached_kernel_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("KVIRT_CACHE", str(tmp_path))
     monkeypatch.setattr(kernels, "_find", lambda *_: pytest.fail("asked the mirror"))
     directory = tmp_path / "kernels" / "7.3.4+deb13-cloud-amd64"
-    directory.mkdir(parents=True)
+    for name in ("build", "source"):
+        (directory / "modules" / name).mkdir(parents=True)
     (directory / "kernel.json").write_text(
         '{"release": "7.3.4+deb13-cloud-amd64", "version": "7.3.4-1", "suite": "sid"}'
     )
     assert kernels.get_kernel("7.3").vmlinux == directory / "vmlinux"
+
+
+def test_headers_are_named_as_debian_names_them():
+    assert headers.packages("7.3.4+deb13-cloud-amd64") == {
+        "build": "linux-headers-7.3.4+deb13-cloud-amd64",
+        "source": "linux-headers-7.3.4+deb13-common",
+    }
 
 
 def test_a_pattern_that_is_no_version_is_refused_before_any_download(tmp_path, monkeypatch):

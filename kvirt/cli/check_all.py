@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import click
 
 from kvirt.checks.machine import MachineChecker
+from kvirt.cli.basics import format_option
 from kvirt.cli.common import (
-    format_option,
     machine_progress,
     max_findings_option,
     open_kernel,

@@ -7,9 +7,9 @@ import click
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
+from kvirt.cli.basics import format_option
 from kvirt.cli.common import (
     PID,
-    format_option,
     max_findings_option,
     open_kernel,
     page_progress,

@@ -9,7 +9,8 @@ import click
 
 from kvirt.checks.registry import Check, every_check
 from kvirt.cli import TargetOptions
-from kvirt.cli.common import format_option, open_kernel
+from kvirt.cli.basics import format_option
+from kvirt.cli.common import open_kernel
 from kvirt.errors import KvirtError
 from kvirt.render.checks import checks_document, checks_table, explanation
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What commands share: the target, the format, progress."""
+"""What commands that read a kernel through drgn share: the target, progress."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import click
 
 from kvirt.checks.machine import Progress
 from kvirt.cli import TargetOptions
+from kvirt.cli.basics import F, busy
 from kvirt.errors import printable
 from kvirt.findings import MAX_FINDINGS, Report
 from kvirt.layout import Layout, layout_of
@@ -20,20 +20,6 @@ from kvirt.target import Target, open_target
 from kvirt.tasks import PID_MAX_LIMIT
 
 PID = click.IntRange(min=1, max=PID_MAX_LIMIT)
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def format_option(function: F) -> F:
-    """``--format table|json``."""
-    return click.option(
-        "--format",
-        "format_",
-        type=click.Choice(["table", "json"]),
-        default="table",
-        show_default=True,
-        help="How to print the result.",
-    )(function)
 
 
 def strict_option(function: F) -> F:
@@ -59,19 +45,6 @@ def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
     with busy("reading the kernel's types"):
         target = open_target(options.core, options.qemu, options.symbols, options.types)
         return target, layout_of(target.prog)
-
-
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Say on a terminal what is being waited for, and take it back when it is done."""
-    terminal = sys.stderr.isatty()
-    if terminal:
-        click.echo(f"{what} ...", err=True, nl=False)
-    try:
-        yield
-    finally:
-        if terminal:
-            click.echo("\r\x1b[K", err=True, nl=False)
 
 
 def say_incomplete(report: Report) -> None:

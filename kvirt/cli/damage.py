@@ -8,7 +8,8 @@ import click
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.registry import all_checks
 from kvirt.checks.task import check_task
-from kvirt.cli.common import PID, format_option, open_kernel
+from kvirt.cli.basics import format_option
+from kvirt.cli.common import PID, open_kernel
 from kvirt.errors import KvirtError
 from kvirt.findings import Report
 from kvirt.lab.damage import DAMAGES, Scene

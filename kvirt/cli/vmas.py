@@ -7,7 +7,8 @@ import click
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import list_vmas
-from kvirt.cli.common import PID, format_option, open_kernel
+from kvirt.cli.basics import format_option
+from kvirt.cli.common import PID, open_kernel
 from kvirt.render.json import vmas_document
 from kvirt.render.table import vmas_table
 from kvirt.tasks import find_process

@@ -11,7 +11,7 @@ from typing import Any
 from kvirt.checks.registry import Check
 from kvirt.layout import Layout
 from kvirt.render.json import kernel_members
-from kvirt.render.table import terminal_width
+from kvirt.render.text import terminal_width
 
 # Blanks between columns.
 _GAP = 2

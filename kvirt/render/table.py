@@ -3,39 +3,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
-
-import tabulate
-from tabulate import DataRow, Line, TableFormat
 
 from kvirt.errors import printable
 from kvirt.findings import Finding, PageCounts, Report, Severity, TaskReport, VmaRow
 from kvirt.layout import Layout, Scheme
 from kvirt.mm.vma import displacement, permissions, vma_is_cow_mapping
+from kvirt.render.text import columns, plural, terminal_width, wrap
 from kvirt.target import Target
-
-# In a pipe there is no terminal to ask.
-WIDTH = 100
-# Narrower than this a table of VMAs cannot be.
-WIDTH_MIN = 80
 
 _SCHEMES = {
     Scheme.ANON_PGOFF: "anonymous folios are indexed by the VMA's anon pgoff",
     Scheme.VIRT_PGOFF: "anonymous folios are indexed by the VMA's virt pgoff",
     Scheme.LEGACY: "legacy: anonymous folios are indexed by vm_pgoff",
 }
-
-
-def plural(number: int, noun: str) -> str:
-    """ "1 page", "2 pages", "2 processes" """
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
-
-
-def terminal_width() -> int:
-    """Columns to use."""
-    return max(WIDTH_MIN, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def _shorten(text: str, width: int) -> str:
@@ -65,19 +47,6 @@ def _short_count(number: int) -> str:
         if abs(value) < 1000:
             return f"{value:+.1f}{unit}"
     return f"{value:+.0f}P"
-
-
-# One blank between columns: two would not leave room for names.
-_FORMAT = TableFormat(
-    lineabove=None,
-    linebelowheader=Line("", "-", " ", ""),
-    linebetweenrows=None,
-    linebelow=None,
-    headerrow=DataRow("", " ", ""),
-    datarow=DataRow("", " ", ""),
-    padding=0,
-    with_header_hide=None,
-)
 
 
 def vma_table(layout: Layout, rows: Sequence[VmaRow], marks: Counter[int] | None = None) -> str:
@@ -117,9 +86,7 @@ def vma_table(layout: Layout, rows: Sequence[VmaRow], marks: Counter[int] | None
     room = max(8, terminal_width() - used)
     for line in table:
         line[-1] = _shorten(line[-1], room)
-    # Headers get no extra width beyond their text.
-    tabulate.MIN_PADDING = 0
-    return tabulate.tabulate(table, headers, tablefmt=_FORMAT, colalign=align, disable_numparse=True)
+    return columns(table, headers, align)
 
 
 def _kind_table(task: TaskReport) -> str:
@@ -149,16 +116,6 @@ def _where(finding: Finding) -> str:
     return at
 
 
-def _wrap(text: str, width: int, indent: str) -> str:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += " " + word
-        else:
-            lines.append(indent + word if lines else word)
-    return "\n".join(lines)
-
-
 # Of findings of one invariant in one process, so many are told in full. Those that accuse nobody need
 # no more than an example.
 ALIKE_SHOWN = {Severity.ERROR: 3, Severity.WARNING: 3, Severity.INFO: 1, Severity.TRANSIENT: 1}
@@ -166,7 +123,7 @@ ALIKE_SHOWN = {Severity.ERROR: 3, Severity.WARNING: 3, Severity.INFO: 1, Severit
 
 def _in_full(f: Finding) -> list[str]:
     indent = " " * 10
-    text = _wrap(f"{f.id}{_where(f)}: {f.message}", terminal_width() - len(indent), "")
+    text = wrap(f"{f.id}{_where(f)}: {f.message}", terminal_width() - len(indent), "")
     first, *rest = text.splitlines()
     lines = [f"{f.severity.upper():{len(indent)}}{first}"]
     lines += [indent + line for line in rest]
@@ -196,7 +153,7 @@ def _alike(findings: list[Finding]) -> list[str]:
         pages = sum(f.pages for f in more if f.address is not None)
         if pages > len(more):
             text += f", {pages:,} pages in all"
-        lines += [" " * 10 + line for line in _wrap(text, terminal_width() - 10, "").splitlines()]
+        lines += [" " * 10 + line for line in wrap(text, terminal_width() - 10, "").splitlines()]
     return lines
 
 
@@ -225,7 +182,7 @@ def _findings(report: Report) -> str:
         what = ", ".join(f"{n:,} {id_} ({severity})" for (id_, severity), n in omitted.most_common())
         number = plural(omitted.total(), "more finding")
         text = f"{number}, counted and not listed: {what}; --max-findings lists more"
-        parts.append(_wrap(text, terminal_width(), "  "))
+        parts.append(wrap(text, terminal_width(), "  "))
     return ("\n\n" if report.processes > 1 else "\n").join(parts)
 
 
@@ -247,7 +204,7 @@ def verdict(report: Report) -> str:
         answer = "INCOMPLETE: no error found, but not everything could be checked"
     else:
         answer = "CONSISTENT: no errors"
-    return _wrap(f"{answer}{tail}; {looked}.", terminal_width(), "  ")
+    return wrap(f"{answer}{tail}; {looked}.", terminal_width(), "  ")
 
 
 def _reasons(skipped: Counter[str]) -> str:
@@ -290,7 +247,7 @@ def _task(layout: Layout, task: TaskReport, vmas: bool) -> str:
         parts.append(f"{who}: {plural(task.vma_count, 'VMA')}: {_kind_table(task)}")
         parts += _pages(task.pages)
     parts += [printable(sentence) for sentence in task.incomplete]
-    parts = [_wrap(part, terminal_width(), "  ") for part in parts]
+    parts = [wrap(part, terminal_width(), "  ") for part in parts]
     if vmas and task.vmas:
         marks = Counter(f.vma[0] for f in task.findings if f.vma is not None)
         parts.append("\n" + vma_table(layout, task.vmas, marks))
@@ -324,7 +281,7 @@ def machine_table(target: Target, layout: Layout, report: Report) -> str:
     if beyond:
         lines.append(f"and {beyond:,} more like these; --max-findings lists more")
     parts = [verdict(report), kernel_line(target, layout), ""]
-    parts += [_wrap(line, terminal_width(), "  ") for line in lines]
+    parts += [wrap(line, terminal_width(), "  ") for line in lines]
     if report.findings() or report.omitted():
         parts.append("\n" + _findings(report))
     return "\n".join(parts)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 Tally = Mapping[str, int]
 
@@ -171,3 +171,113 @@ def hit_rate(tally: Tally) -> float | None:
     """Return the share of hits among hits and fallbacks, None if there was neither."""
     total = tally["hit"] + tally["fallback"]
     return tally["hit"] / total if total else None
+
+
+def since(earlier: Counts, later: Counts) -> Counts:
+    """Return what was counted between two counts of one session.
+
+    What is unknown in either is unknown. Processes and places in which nothing was counted are left out,
+    the others ranked anew.
+    """
+    return replace(
+        later,
+        seconds=later.seconds - earlier.seconds,
+        rmap=_rmap_since(earlier.rmap, later.rmap),
+        copy_vma=_copy_vma_since(earlier.copy_vma, later.copy_vma),
+        split_vma=_split_vma_since(earlier.split_vma, later.split_vma),
+        assertions={
+            id_: _assertion_since(earlier.assertions.get(id_), one) for id_, one in later.assertions.items()
+        },
+        lost=_some(_tally_since(earlier.lost, later.lost)),
+        processes=_processes_since(earlier.processes, later.processes),
+        displacers=_displacers_since(earlier.displacers, later.displacers),
+        violations=later.violations[len(earlier.violations) :],
+        violations_untold=later.violations_untold - earlier.violations_untold,
+    )
+
+
+def _tally_since(earlier: Tally, later: Tally) -> Tally:
+    return {name: number - earlier.get(name, 0) for name, number in later.items()}
+
+
+def _some(tally: Tally) -> Tally:
+    """Without what did not happen: for names that come up when they are first counted."""
+    return {name: number for name, number in tally.items() if number}
+
+
+def _number_since(earlier: int | None, later: int | None) -> int | None:
+    return None if earlier is None or later is None else later - earlier
+
+
+def _rmap_since(earlier: RmapCounts | None, later: RmapCounts | None) -> RmapCounts | None:
+    if earlier is None or later is None:
+        return None
+    return RmapCounts(
+        walks={name: _number_since(earlier.walks[name], number) for name, number in later.walks.items()},
+        steps=_tally_since(earlier.steps, later.steps),
+        reasons=_tally_since(earlier.reasons, later.reasons),
+        labels=_tally_since(earlier.labels, later.labels),
+        callbacks={
+            name: None if tally is None else _tally_since(earlier.callbacks.get(name) or {}, tally)
+            for name, tally in later.callbacks.items()
+        },
+        vmas=_some(_tally_since(earlier.vmas, later.vmas)),
+    )
+
+
+def _copy_vma_since(earlier: CopyVmaCounts | None, later: CopyVmaCounts | None) -> CopyVmaCounts | None:
+    if earlier is None or later is None:
+        return None
+    return CopyVmaCounts(
+        calls=_tally_since(earlier.calls, later.calls),
+        reasons=_tally_since(earlier.reasons, later.reasons),
+        results=_tally_since(earlier.results, later.results),
+    )
+
+
+def _split_vma_since(earlier: SplitVmaCounts | None, later: SplitVmaCounts | None) -> SplitVmaCounts | None:
+    if earlier is None or later is None:
+        return None
+    return SplitVmaCounts(
+        calls=_tally_since(earlier.calls, later.calls),
+        errors=_some(_tally_since(earlier.errors, later.errors)),
+    )
+
+
+def _assertion_since(
+    earlier: AssertionCounts | None, later: AssertionCounts | None
+) -> AssertionCounts | None:
+    if earlier is None or later is None:
+        return None
+    return AssertionCounts(later.ok - earlier.ok, later.bad - earlier.bad)
+
+
+def _processes_since(
+    earlier: Sequence[ProcessCounts], later: Sequence[ProcessCounts]
+) -> tuple[ProcessCounts, ...]:
+    before = {(one.pid, one.comm): one for one in earlier}
+    out = []
+    for one in later:
+        if (old := before.get((one.pid, one.comm))) is not None:
+            one = replace(
+                one,
+                rmap=_tally_since(old.rmap, one.rmap),
+                copy_vma=_tally_since(old.copy_vma, one.copy_vma),
+                split_vma=_tally_since(old.split_vma, one.split_vma),
+            )
+        if any(any(tally.values()) for tally in (one.rmap, one.copy_vma, one.split_vma)):
+            out.append(one)
+    return tuple(sorted(out, key=lambda one: (-one.fallbacks, one.pid)))
+
+
+def _displacers_since(earlier: Sequence[Displacer], later: Sequence[Displacer]) -> tuple[Displacer, ...]:
+    before = {(one.pid, one.comm, one.user, one.kernel): one for one in earlier}
+    out = []
+    for one in later:
+        if (old := before.get((one.pid, one.comm, one.user, one.kernel))) is not None:
+            one = replace(
+                one, vmas=one.vmas - old.vmas, rmap_fallbacks=one.rmap_fallbacks - old.rmap_fallbacks
+            )
+        if one.vmas or one.rmap_fallbacks:
+            out.append(one)
+    return tuple(sorted(out, key=lambda one: (-one.rmap_fallbacks, -one.vmas, one.pid)))

@@ -13,8 +13,8 @@ from kvirt.errors import KvirtError
 
 # include/linux/sched.h: with the NUL at its end.
 TASK_COMM_LEN = 16
-# include/linux/proc_ns.h: the inode of the namespace that the kernel starts with.
-PROC_PID_INIT_INO = 0xEFFFFFFC
+# include/uapi/linux/nsfs.h: the inode of the namespace that the kernel starts with.
+PID_NS_INIT_INO = 0xEFFFFFFC
 
 _PROC = Path("/proc")
 # kernfs_create_root() numbers from 1, and the first number is the root's (fs/kernfs/dir.c).
@@ -165,7 +165,8 @@ def need_first_pid_namespace() -> None:
 
     :raises KvirtError: in a PID namespace of its own
     """
-    if (_PROC / "self/ns/pid").stat().st_ino != PROC_PID_INIT_INO:
+    namespace = _PROC / "self/ns/pid"
+    if namespace.exists() and namespace.stat().st_ino != PID_NS_INIT_INO:
         raise KvirtError(
             "PIDs mean something else here, in a PID namespace as containers have it: run kvirt outside "
             "of it."

@@ -71,7 +71,7 @@ def proc(tmp_path, monkeypatch):
     (root / "self" / "ns").mkdir(parents=True)
     (root / "self" / "ns" / "pid").touch()
     monkeypatch.setattr(filters, "_PROC", root)
-    monkeypatch.setattr(filters, "PROC_PID_INIT_INO", (root / "self" / "ns" / "pid").stat().st_ino)
+    monkeypatch.setattr(filters, "PID_NS_INIT_INO", (root / "self" / "ns" / "pid").stat().st_ino)
     for pid, tgid, more in [(7, 7, "VmSize:\t 10 kB\n"), (8, 7, "VmSize:\t 10 kB\n"), (9, 9, "")]:
         (root / str(pid)).mkdir()
         (root / str(pid) / "status").write_text(f"Name:\tfoo\nTgid:\t{tgid}\n{more}Threads:\t1\n")

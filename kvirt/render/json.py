@@ -18,7 +18,7 @@ from kvirt.target import Target
 def schema(name: str) -> dict[str, Any]:
     """The JSON Schema of a document.
 
-    :param name: "kvirt.check/1", "kvirt.checks/1" or "kvirt.vmas/1"
+    :param name: "kvirt.check/1", "kvirt.checks/1", "kvirt.trace/1" or "kvirt.vmas/1"
     """
     path = resources.files("kvirt") / "schemas" / f"{name.replace('/', '-')}.json"
     document: dict[str, Any] = json.loads(path.read_text())

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from kvirt.checks.registry import Violation, VmaContext, mm_check, vma_check
 from kvirt.findings import Severity
-from kvirt.layout import Layout, Scheme
+from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.vma import displacement, vma_is_cow_mapping, vma_is_pure_anon, vma_pages
+from kvirt.scheme import Scheme
 
 
 # What these say of themselves is what `kvirt checks` prints as the kernels of an invariant.

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from kvirt.errors import printable
 from kvirt.findings import Finding, PageCounts, Report, Severity, TaskReport, VmaRow
-from kvirt.layout import Layout, Scheme
+from kvirt.layout import Layout
 from kvirt.mm.vma import displacement, permissions, vma_is_cow_mapping
 from kvirt.render.text import columns, plural, terminal_width, wrap
+from kvirt.scheme import Scheme
 from kvirt.target import Target
 
 _SCHEMES = {

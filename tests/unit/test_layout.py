@@ -2,7 +2,8 @@
 import pytest
 
 from kvirt.errors import KvirtError
-from kvirt.layout import Scheme, detect_scheme, swap_type_names
+from kvirt.layout import swap_type_names
+from kvirt.scheme import Scheme, detect_scheme
 
 OLD = ["vm_start", "vm_pgoff", "vm_file"]
 # The prototypes of 6.12, 7.2 and 7.3.

@@ -19,9 +19,9 @@ from kvirt.lab.damage.scene import (
     small_file,
     vma_range,
 )
-from kvirt.layout import Scheme
 from kvirt.mm.folio import FOLIO_MAPPING_ANON, read_folios
 from kvirt.mm.vma import displacement, vma_is_pure_anon
+from kvirt.scheme import Scheme
 
 
 def _index(scene: Scene, page: Page, index: int, description: str) -> Damaged:

@@ -13,12 +13,13 @@ from drgn.helpers.linux.pid import for_each_task
 from kvirt.errors import KvirtError
 from kvirt.findings import Severity
 from kvirt.lab.overlay import Overlay
-from kvirt.layout import Layout, Scheme, StructLayout, layout_of
+from kvirt.layout import Layout, StructLayout, layout_of
 from kvirt.mm.address_space import AddressSpace, read_address_space
 from kvirt.mm.folio import Folios, read_folios
 from kvirt.mm.pagetable import U64, Bool, WalkTroubles, for_each_leaf, leaf_pfn, leaf_present, leaf_special
 from kvirt.mm.rmap import AnonVma
 from kvirt.mm.vma import Vma
+from kvirt.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from kvirt.btf import Btf, Kind, Member, Prototype
 from kvirt.errors import KvirtError
 from kvirt.scheme import VM_FLAG_BITS, Scheme, detect_scheme
 
-# System V ABI for x86-64: the others are on the stack, where no program looks for them.
-_REGISTERS = 6
+# System V ABI for x86-64, as members of struct pt_regs: the arguments (the others are on the stack, where no
+# program looks for them), and what is returned.
+_ARGUMENTS, _RETURN = ("di", "si", "dx", "cx", "r8", "r9"), "ax"
 
 _FOLIO, _VMA, _ULONG = "struct folio *", "struct vm_area_struct *", "unsigned long"
 # By constant: structure, member, and bytes of it that the programs read (None: its address is all they take).
@@ -167,6 +168,20 @@ def _optional(members: _Members, constants: dict[str, int]) -> dict[str, str]:
     return missing
 
 
+def _registers(btf: Btf, members: _Members) -> dict[str, int]:
+    names = {f"KV_REGISTER_ARGUMENT_{i}": name for i, name in enumerate(_ARGUMENTS)}
+    names["KV_REGISTER_RETURN"] = _RETURN
+    found = {constant: members.find("pt_regs", name, 8) for constant, name in names.items()}
+    constants = {constant: offset for constant, offset in found.items() if offset is not None}
+    if len(constants) < len(found):
+        raise KvirtError(
+            "This kernel's BTF does not have the registers of x86-64 in struct pt_regs; this version of "
+            "kvirt traces x86-64 only."
+        )
+    constants["KV_REGISTERS_SIZE"] = btf.sizeof(members.structs("pt_regs")[0])
+    return constants
+
+
 def _vm_flags(btf: Btf) -> dict[str, int]:
     def mask(name: str) -> int:
         bit = btf.enumerator(f"VMA_{name}_BIT")
@@ -204,7 +219,7 @@ def _arguments(btf: Btf, function: str, wanted: Mapping[str, str]) -> dict[str, 
                 "this version of kvirt does not know what it has instead."
             )
         positions[name] = parameters.index((name, type_))
-        if positions[name] >= _REGISTERS:
+        if positions[name] >= len(_ARGUMENTS):
             return (
                 f"{function} of this kernel has its parameter {name} on the stack, not in a register "
                 f"({declaration}), where it is not looked for."
@@ -257,6 +272,7 @@ def read_trace_layout(btf: Btf) -> TraceLayout:
     constants = _constants(members, scheme)
     missing = _optional(members, constants)
     constants.update(_vm_flags(btf))
+    constants.update(_registers(btf, members))
     arguments, absent = {}, {}
     for function, wanted in _FUNCTIONS.items():
         if function == "copy_vma" and scheme is not Scheme.LEGACY:

@@ -11,6 +11,7 @@ from kvirt.scheme import Scheme
 
 from .btf_assembler import SIGNED, Assembler
 
+REGISTERS = {"r9": 64, "r8": 72, "ax": 80, "cx": 88, "dx": 96, "si": 104, "di": 112}
 COPY_VMA = ("vmap", "addr", "len", "pgoff", "need_rmap_locks")
 
 
@@ -74,6 +75,7 @@ class Kernel:
         tgid = (("pid", "int", 2000), ("tgid", "int", 2004), ("group_leader", p, 2040))
         self.struct("task_struct", 4096, *tgid, ("comm", "comm", 2100), ("cgroups", p, 2200))
         self.struct("mm_struct", 2048, ("owner", p, 1528))
+        self.struct("pt_regs", 168, *((n, "ulong", at) for n, at in REGISTERS.items()))
         self.struct("css_set", 600, ("dfl_cgrp", p, 128))
         self.struct("cgroup", 2400, ("level", level, 256), ("kn", p, 296), ("ancestors", "flex", 2352))
         self.struct("kernfs_node", 128, ("id", "ulong", 96))
@@ -150,6 +152,9 @@ def test_anon_pgoff():
         "KV_VM_MAYWRITE": 0x20,
         "KV_VM_GROWSDOWN": 0x100,
         "KV_VM_STACK_SETUP": 0x18000,
+        "KV_REGISTERS_SIZE": 168,
+        "KV_REGISTER_RETURN": 80,
+        **{f"KV_REGISTER_ARGUMENT_{i}": at for i, at in enumerate((112, 104, 96, 88, 72, 64))},
     }
     anon = {"folio": 0, "vma": 1, "address": 2}
     assert layout.arguments == {
@@ -164,6 +169,11 @@ def test_anon_pgoff():
     assert layout.absent == {}
     assert layout.missing == {}
     assert layout.callbacks == ("folio_referenced_one", "try_to_unmap_one")
+
+
+def test_registers_of_another_architecture_are_refused():
+    with pytest.raises(KvirtError, match="x86-64 only"):
+        Kernel(without=("pt_regs.di",)).layout()
 
 
 def test_virt_pgoff_has_the_same_names():

@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* mm/rmap.c, rmap_walk() and rmap_walk_locked(): what became of one walk over the VMAs of a folio. */
+
+struct walk {
+	u32 flags; /* of folio->mapping */
+	u32 callback;
+	u32 hits;
+	u32 fallbacks;
+	u32 others;
+};
+BPF_HASH(walks, u64, struct walk);
+/* The rmap_one() functions that have a probe, by address. */
+BPF_HASH(callbacks, u64, u32, 256);
+BPF_HASH(unprobed, u64, u64, 256);
+
+static __always_inline void finish(struct counts *all, struct walk *walk)
+{
+	u32 vmas = walk->hits + walk->fallbacks, which, bucket;
+
+#ifdef KV_FILTER
+	if (!vmas && !walk->others)
+		return;
+#endif
+	if (walk->flags == MAPPING_KSM)
+		which = KV_WALK_KSM;
+	else if (walk->flags != MAPPING_ANON)
+		which = KV_WALK_FILE;
+	else if (!vmas)
+		which = KV_WALK_EMPTY;
+	else if (!walk->fallbacks)
+		which = KV_WALK_ALL_HIT;
+	else if (!walk->hits)
+		which = KV_WALK_ALL_FALLBACK;
+	else
+		which = KV_WALK_MIXED;
+	count(all, which);
+	if (!vmas)
+		return;
+	/* Up to 1, 2, 4, 8, ... VMAs. */
+#pragma clang loop unroll(disable)
+	for (bucket = 0; bucket < KV_VMAS_BUCKETS - 1 && vmas > 1U << bucket; bucket++)
+		;
+	count(all, KV_VMAS + bucket);
+}
+
+int enter_rmap_walk(struct registers *ctx)
+{
+	struct counts *all = counters();
+	u64 id = bpf_get_current_pid_tgid();
+	u64 folio = ARGUMENT(ctx, RMAP_WALK, FOLIO);
+	u64 rmap_one = read_u64(ARGUMENT(ctx, RMAP_WALK, RWC) + KV_RWC_RMAP_ONE);
+	struct walk *before = walks.lookup(&id);
+	u32 *callback = callbacks.lookup(&rmap_one);
+	struct walk walk = {};
+
+	if (!all)
+		return 0;
+	/* It returned unseen: more threads were in walks than the kernel had room to wait for. */
+	if (before)
+		finish(all, before);
+	if (!callback) {
+		walks.delete(&id);
+		unprobed.increment(rmap_one);
+		return 0;
+	}
+	walk.flags = read_u64(folio + KV_FOLIO_MAPPING) & MAPPING_FLAGS;
+	walk.callback = *callback;
+	if (walks.update(&id, &walk))
+		count(all, KV_LOST_WALKS);
+	return 0;
+}
+
+int leave_rmap_walk(struct registers *ctx)
+{
+	struct counts *all = counters();
+	u64 id = bpf_get_current_pid_tgid();
+	struct walk *walk = walks.lookup(&id);
+
+	if (!all)
+		return 0;
+	if (!walk)
+		return 0;
+	finish(all, walk);
+	walks.delete(&id);
+	return 0;
+}

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""One tracing: the programs compiled, attached, read, and taken away again."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from kvirt.errors import KvirtError
+from kvirt.layout_trace import TraceLayout
+from kvirt.trace import counts, program
+from kvirt.trace.counts import (
+    AssertionCounts,
+    CopyVmaCounts,
+    Counts,
+    Displacer,
+    ProcessCounts,
+    RmapCounts,
+    SplitVmaCounts,
+    Tally,
+    Violation,
+)
+from kvirt.trace.program import Indexes, Request
+from kvirt.trace.symbols import function_addresses
+
+# What bcc itself includes of kernels from 6.19 uses what clang has to be told of.
+_DIALECT = ("-fms-extensions", "-Wno-microsoft-anon-tag")
+# Headers that bcc includes and that nothing here uses, passed by as if they were included already: they
+# take a third of the time. Where one has another guard, all works as well and is slower.
+_GUARDS = (
+    *("_LINUX_LOG2_H", "_ASM_X86_PAGE_H", "_UAPI__LINUX_IF_PACKET_H", "__LINUX_IF_PACKET_H"),
+    *("_UAPI_LINUX_IF_ETHER_H",),
+)
+# Nobody debugs the programs; what a debugger would need takes another tenth.
+CFLAGS = (*_DIALECT, *(f"-D{guard}" for guard in _GUARDS), "-g0")
+# Seconds that functions which were entered before the detaching get to return.
+GRACE = 0.1
+ATTACHED = "attached"
+FDINFO = Path("/proc/self/fdinfo")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A function of the kernel, and the programs at its entry and its return."""
+
+    function: str
+    enter: str
+    leave: str | None = None
+
+
+def probes(request: Request, layout: TraceLayout) -> list[Probe]:
+    """List what a request is to attach to."""
+    wanted = []
+    if request.rmap:
+        # Callbacks first: a walk that is seen to begin is seen whole.
+        wanted += [Probe(name, "rmap_one") for name in layout.callbacks]
+        wanted += [Probe(name, "enter_rmap_walk", "leave_rmap_walk") for name in RMAP_WALKS]
+        wanted += [Probe(name, "enter_new_anon_rmap", "leave_new_anon_rmap") for name in NEW_ANONS]
+    if request.copy_vma:
+        wanted.append(Probe("copy_vma", "enter_copy_vma", "leave_copy_vma"))
+    if request.split_vma:
+        wanted.append(Probe("__split_vma", "enter_split_vma", "leave_split_vma"))
+        wanted.append(Probe("vma_complete", "enter_vma_complete"))
+    return wanted
+
+
+RMAP_WALKS = ("rmap_walk", "rmap_walk_locked")
+NEW_ANONS = ("folio_add_new_anon_rmap", "hugetlb_add_new_anon_rmap")
+# What an assertion is seen by.
+ASSERTED_BY = {
+    "COPY-AP": ("copy_vma",),
+    "SPLIT-AP": ("vma_complete",),
+    "NEW-INDEX": NEW_ANONS,
+}
+
+
+class _Violation(ctypes.Structure):
+    """``struct violation`` of bpf/kvirt.h."""
+
+    _fields_ = (
+        ("start", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("address", ctypes.c_uint64),
+        ("expected", ctypes.c_uint64),
+        ("actual", ctypes.c_uint64),
+        ("stack", ctypes.c_uint64 * 32),
+        ("assertion", ctypes.c_uint32),
+        ("tgid", ctypes.c_uint32),
+        ("tid", ctypes.c_uint32),
+        ("comm", ctypes.c_char * 16),
+        ("depth", ctypes.c_int32),
+    )
+
+
+@contextmanager
+def _complaints() -> Iterator[Callable[[], str]]:
+    """Keep what C code writes on stderr, and give a function that returns its last lines."""
+    with tempfile.TemporaryFile() as file:
+
+        def said() -> str:
+            file.seek(0)
+            return "\n".join(file.read().decode(errors="replace").strip().splitlines()[-12:])
+
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn what bcc raises into a sentence, with the last lines of what C code said."""
+    with _complaints() as said:
+        try:
+            yield
+        except Exception as error:
+            raise KvirtError(
+                f"{what} ({error}): report this kernel's version and these lines.\n{said()}"
+            ) from error
+
+
+class Session:
+    """Counts while its context is entered; nothing stays attached behind it.
+
+    Should the process die without leaving the context, the kernel detaches everything: all is held by
+    file descriptors.
+    """
+
+    def __init__(self, request: Request, layout: TraceLayout, bcc: ModuleType) -> None:
+        """Prepare.
+
+        :param bcc: the distribution's bcc, as :func:`kvirt.trace.environment.load_bcc` returns it
+        """
+        self.probes: Mapping[str, str] = {}
+        self._request = request
+        self._layout = layout
+        self._bcc = bcc
+        self._indexes = Indexes(len(layout.callbacks))
+        if request.filtered and "owner" in layout.missing:
+            raise KvirtError(layout.missing["owner"])
+        if request.cgroup is not None and "cgroup" in layout.missing:
+            raise KvirtError(layout.missing["cgroup"])
+        self._files = program.files(request, layout)
+        self._attached: list[Probe] = []
+        self._violations: list[Violation] = []
+        self._told = 0
+        self._names: dict[tuple[int, int], str] = {}
+
+    def __enter__(self) -> Session:
+        text = program.text(self._request, self._layout)
+        defined = program.constants(self._request, self._layout)
+        flags = [f"-D{name}={program.literal(value)}" for name, value in defined.items()]
+        # The kernel takes its time to write down its symbols, and compiling leaves the interpreter free.
+        with ThreadPoolExecutor(1) as threads:
+            wanted = probes(self._request, self._layout)
+            addresses = threads.submit(function_addresses, [probe.function for probe in wanted])
+            with _refusals("bcc cannot compile the program"):
+                self._bpf: Any = self._bcc.BPF(text=text, cflags=[*CFLAGS, *flags])
+        try:
+            self._attach(wanted, addresses.result())
+        except BaseException:
+            self._detach()
+            raise
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._detach()
+
+    def follow(self, pid: int) -> None:
+        """Count a process, and from now on its descendants too (``Request.family``)."""
+        self._bpf["family"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
+
+    def poll(self, seconds: float) -> list[Violation]:
+        """Wait for violations up to that long, and return those that came."""
+        self._bpf.ring_buffer_poll(int(seconds * 1000))
+        new = self._violations[self._told :]
+        self._told = len(self._violations)
+        return new
+
+    def counts(self) -> Counts:
+        """Return all that was counted since everything was attached."""
+        # The details of violations that are counted below.
+        self._bpf.ring_buffer_consume()
+        cells = self._cells()
+
+        def tally(indexes: Mapping[str, int]) -> dict[str, int]:
+            return {name: cells[index] for name, index in indexes.items()}
+
+        lost = tally(self._indexes.lost)
+        untold = lost["violations"]
+        return Counts(
+            seconds=time.monotonic() - self._began,
+            probes=self.probes,
+            rmap=self._rmap(tally) if any(map(self._sees, RMAP_WALKS)) else None,
+            copy_vma=self._copy_vma(tally) if self._sees("copy_vma") else None,
+            split_vma=self._split_vma(tally) if self._sees("__split_vma") else None,
+            assertions=self._assertions(tally),
+            lost={program.LOST[name]: n for name, n in lost.items() if n} | self._missed(),
+            processes=self._processes(),
+            displacers=self._displacers(),
+            violations=tuple(self._violations),
+            violations_untold=untold,
+        )
+
+    def _sees(self, function: str) -> bool:
+        return self.probes.get(function) == ATTACHED
+
+    def _attach(self, wanted: list[Probe], addresses: Mapping[str, list[int]]) -> None:
+        callbacks = self._bpf["callbacks"] if "rmap_walk.c" in self._files else {}
+        for i, name in enumerate(self._layout.callbacks):
+            for address in addresses.get(name, []):
+                callbacks[ctypes.c_uint64(address)] = ctypes.c_uint32(i)
+        state = {}
+        for probe in wanted:
+            why = self._layout.absent.get(probe.function)
+            found = addresses.get(probe.function, [])
+            if why is None and len(found) != 1:
+                why = (
+                    "the kernel has several functions of this name, and a probe cannot tell them apart."
+                    if found
+                    else "this kernel has no such symbol: it was built without it, or it was inlined."
+                )
+            if why is None:
+                with _refusals("The kernel refuses a program"):
+                    for name in filter(None, (probe.enter, probe.leave)):
+                        self._bpf.load_func(name, self._bcc.BPF.KPROBE)
+                why = self._attach_one(probe)
+            if why is not None:
+                # Walks that call it are to be told from those that come to no VMA.
+                for address in found if probe.function in self._layout.callbacks else ():
+                    del callbacks[ctypes.c_uint64(address)]
+            state[probe.function] = ATTACHED if why is None else f"absent: {why}"
+        self.probes = state
+        if self._request.comm is not None:
+            for byte, mask in enumerate(self._request.comm.masks):
+                self._bpf["glob"][ctypes.c_int(byte)] = ctypes.c_uint64(mask)
+        if not self._attached:
+            reasons = "; ".join(f"{name}: {why.removeprefix('absent: ')}" for name, why in state.items())
+            raise KvirtError(f"None of the functions to trace could be probed. {reasons}")
+        self._bpf["violations"].open_ring_buffer(self._violated)
+        if self._request.family:
+            with _refusals("The kernel refuses to tell of processes"):
+                self._bpf.attach_raw_tracepoint("sched_process_fork", "follow_fork")
+                self._bpf.attach_raw_tracepoint("sched_process_free", "forget_process")
+
+    def _attach_one(self, probe: Probe) -> str | None:
+        self._attached.append(probe)
+        with _complaints() as said:
+            try:
+                # The return first: whoever is seen to enter is seen to leave.
+                if probe.leave is not None:
+                    self._bpf.attach_kretprobe(event=probe.function, fn_name=probe.leave)
+                self._bpf.attach_kprobe(event=probe.function, fn_name=probe.enter)
+            except Exception as error:
+                self._let_go(self._bpf.detach_kretprobe, probe.function, probe.leave or "")
+                self._attached.remove(probe)
+                words = " ".join(said().split()) or str(error)
+                return f"the kernel refused the probe ({words})."
+        return None
+
+    @staticmethod
+    def _let_go(detach: Callable[..., None], function: str, program: str) -> None:
+        # What failed to be attached is not there; nothing may keep the others from being detached.
+        with suppress(Exception):
+            detach(function, program)
+
+    def _detach(self) -> None:
+        # Entries first: those who were seen to enter get the time to be seen to leave.
+        for probe in self._attached:
+            self._let_go(self._bpf.detach_kprobe, probe.function, probe.enter)
+        if any(probe.leave is not None for probe in self._attached):
+            time.sleep(GRACE)
+        for probe in self._attached:
+            if probe.leave is not None:
+                self._let_go(self._bpf.detach_kretprobe, probe.function, probe.leave)
+        self._attached.clear()
+        self._bpf.cleanup()
+
+    def _cells(self) -> list[int]:
+        # One structure for each processor.
+        rows = [tuple(one.n) for one in self._bpf["counts"][ctypes.c_int(0)]]
+        return [sum(column) for column in zip(*rows, strict=True)]
+
+    def _rmap(self, tally: Callable[[Mapping[str, int]], dict[str, int]]) -> RmapCounts:
+        indexes = self._indexes
+        walks: dict[str, int | None] = {**tally(indexes.walks)}
+        if self._request.filtered:
+            walks["empty"] = None
+        callbacks: dict[str, Tally | None] = {}
+        steps = dict.fromkeys(counts.STEPS, 0)
+        for name, cells in zip(self._layout.callbacks, indexes.steps, strict=True):
+            callbacks[name] = tally(cells) if self._sees(name) else None
+            for step, n in (callbacks[name] or {}).items():
+                steps[step] += n
+        callbacks |= dict.fromkeys(self._unprobed())
+        return RmapCounts(
+            walks=walks,
+            steps=steps,
+            reasons=tally(indexes.reasons),
+            labels=tally(indexes.labels),
+            callbacks=callbacks,
+            vmas={name: n for name, n in tally(indexes.vmas).items() if n},
+        )
+
+    def _unprobed(self) -> dict[str, int]:
+        """Return walks that called what has no probe, by the name of that function."""
+        if "rmap_walk.c" not in self._files:
+            return {}
+        found = self._bpf["unprobed"].items()
+        return {self._kernel_name(address.value, offset=False): n.value for address, n in found}
+
+    def _copy_vma(self, tally: Callable[[Mapping[str, int]], dict[str, int]]) -> CopyVmaCounts:
+        indexes = self._indexes
+        return CopyVmaCounts(
+            tally(indexes.copy_vma), tally(indexes.copy_vma_reasons), tally(indexes.copy_vma_results)
+        )
+
+    def _split_vma(self, tally: Callable[[Mapping[str, int]], dict[str, int]]) -> SplitVmaCounts:
+        errors = {}
+        for number, n in self._bpf["split_errors"].items():
+            errors[errno.errorcode.get(-number.value, str(number.value))] = n.value
+        return SplitVmaCounts(tally(self._indexes.split_vma), errors)
+
+    def _assertions(
+        self, tally: Callable[[Mapping[str, int]], dict[str, int]]
+    ) -> dict[str, AssertionCounts | None]:
+        ok, bad = tally(self._indexes.ok), tally(self._indexes.bad)
+        asserted_by = {**ASSERTED_BY, "RMAP-ADDRESS": self._layout.callbacks}
+        return {
+            name: AssertionCounts(ok[name], bad[name]) if any(map(self._sees, asserted_by[name])) else None
+            for name in counts.ASSERTIONS
+        }
+
+    def _processes(self) -> tuple[ProcessCounts, ...]:
+        found = []
+        for pid, one in self._bpf["processes"].items():
+            n = dict(zip(program.PROCESS_COUNTERS, one.n, strict=True))
+
+            def of(kind: str, n: dict[str, int] = n) -> Tally:
+                return {step: n[f"{kind}_{step}"] for step in ("hit", "fallback")}
+
+            comm = one.comm.decode(errors="replace")
+            found.append(ProcessCounts(pid.value, comm, of("rmap"), of("copy"), of("split")))
+        return tuple(sorted(found, key=lambda process: (-process.fallbacks, process.pid)))
+
+    def _displacers(self) -> tuple[Displacer, ...]:
+        if not (self._request.stacks and self._sees("copy_vma")):
+            return ()
+        found = []
+        for key, one in self._bpf["displacers"].items():
+            user, kernel = self._frames(key.user), self._frames(key.kernel)
+            found.append(
+                Displacer(
+                    key.tgid,
+                    key.comm.decode(errors="replace"),
+                    one.vmas,
+                    one.fallbacks,
+                    tuple(self._user_name(key.tgid, address) for address in user),
+                    tuple(map(self._kernel_name, kernel)),
+                )
+            )
+        return tuple(sorted(found, key=lambda one: (-one.rmap_fallbacks, -one.vmas)))
+
+    def _frames(self, stack: int) -> list[int]:
+        return list(self._bpf["stacks"].walk(stack)) if stack >= 0 else []
+
+    def _kernel_name(self, address: int, offset: bool = True) -> str:
+        name: str = self._bpf.ksym(address, show_offset=offset).decode(errors="replace")
+        return name
+
+    def _user_name(self, pid: int, address: int) -> str:
+        """Name a place in a program; once, for a program that has ended has no names any more."""
+        if (pid, address) not in self._names:
+            name = self._bpf.sym(address, pid, show_module=True, show_offset=True).decode(errors="replace")
+            self._names[pid, address] = f"{address:#x}" if "[unknown]" in name else name
+        return self._names[pid, address]
+
+    def _violated(self, ctx: object, data: int, size: int) -> None:
+        told = ctypes.cast(data, ctypes.POINTER(_Violation)).contents
+        self._violations.append(
+            Violation(
+                counts.ASSERTIONS[told.assertion],
+                told.tgid,
+                told.tid,
+                told.comm.decode(errors="replace"),
+                told.start,
+                told.end,
+                told.address,
+                told.expected,
+                told.actual,
+                tuple(self._kernel_name(address) for address in told.stack[: told.depth]),
+            )
+        )
+
+    def _missed(self) -> dict[str, int]:
+        """Return what the programs were not even called for, and walks that called what has no probe."""
+        lost = {
+            f"walks that call {name}(), which has no probe": n for name, n in self._unprobed().items() if n
+        }
+        missed = 0
+        for function in self._bpf.funcs.values():
+            for line in (FDINFO / str(function.fd)).read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name == "recursion_misses":
+                    missed += int(value)
+        if missed:
+            lost["events on a processor that another BPF program was just running on"] = missed
+        return lost

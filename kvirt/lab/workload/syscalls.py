@@ -30,6 +30,9 @@ WAIT_ALL = 0x40000000
 
 # userfaultfd(2) has the same number on every architecture but x86.
 NR_USERFAULTFD = 323 if os.uname().machine == "x86_64" else 282
+# As has move_pages(2).
+NR_MOVE_PAGES = 279 if os.uname().machine == "x86_64" else 239
+MPOL_MF_MOVE_ALL = 1 << 2
 UFFD_API, UFFD_USER_MODE_ONLY, UFFD_FEATURE_MOVE = 0xAA, 1, 1 << 16
 UFFDIO_REGISTER_MODE_MISSING = 1
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
@@ -177,6 +180,22 @@ def rewrite_word(pid: int, address: int) -> None:
             raise _fail("ptrace")
         if request == PTRACE_INTERRUPT:
             os.waitpid(pid, WAIT_ALL)
+
+
+def move_pages(pages: list[int], nodes: list[int]) -> None:
+    """Migrate pages of this process to memory nodes, those of other processes too (MPOL_MF_MOVE_ALL).
+
+    :raises OSError: if one of them did not go where it was to go
+    """
+    count = len(pages)
+    status = (ctypes.c_int * count)()
+    where = (ctypes.c_void_p * count)(*pages)
+    to = (ctypes.c_int * count)(*nodes)
+    failed = _libc.syscall(NR_MOVE_PAGES, 0, ctypes.c_ulong(count), where, to, status, MPOL_MF_MOVE_ALL)
+    if failed < 0:
+        raise _fail("move_pages")
+    if list(status) != nodes:
+        raise OSError(errno.EAGAIN, "move_pages left pages where they were")
 
 
 class Userfaultfd:

@@ -44,7 +44,7 @@ int rmap_one(struct registers *ctx)
 		/* Without its lock, a folio's mapping may be gone by now. */
 		flags = walk->flags;
 	} else {
-		/* Not from rmap_walk(): mapping_wrprotect_range() for one calls it without a folio. */
+		/* What walks has no probe here. */
 		function = bpf_get_func_ip(ctx);
 		callback = callbacks.lookup(&function);
 		if (!callback) {

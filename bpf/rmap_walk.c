@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* mm/rmap.c, rmap_walk() and rmap_walk_locked(): what became of one walk over the VMAs of a folio. */
+/*
+ * mm/rmap.c, rmap_walk(): what became of one walk over the VMAs of a folio. What is probed are the functions that
+ * it calls, one for each kind of folio: compilers inline rmap_walk() itself into others of mm/rmap.c.
+ */
 
 struct walk {
 	u32 flags; /* of folio->mapping */
@@ -43,12 +46,11 @@ static __always_inline void finish(struct counts *all, struct walk *walk)
 	count(all, KV_VMAS + bucket);
 }
 
-int enter_rmap_walk(struct registers *ctx)
+static __always_inline int begin(u32 flags, u64 rwc)
 {
 	struct counts *all = counters();
 	u64 id = bpf_get_current_pid_tgid();
-	u64 folio = ARGUMENT(ctx, RMAP_WALK, FOLIO);
-	u64 rmap_one = read_u64(ARGUMENT(ctx, RMAP_WALK, RWC) + KV_RWC_RMAP_ONE);
+	u64 rmap_one = read_u64(rwc + KV_RWC_RMAP_ONE);
 	struct walk *before = walks.lookup(&id);
 	u32 *callback = callbacks.lookup(&rmap_one);
 	struct walk walk = {};
@@ -63,12 +65,34 @@ int enter_rmap_walk(struct registers *ctx)
 		unprobed.increment(rmap_one);
 		return 0;
 	}
-	walk.flags = read_u64(folio + KV_FOLIO_MAPPING) & MAPPING_FLAGS;
+	walk.flags = flags;
 	walk.callback = *callback;
 	if (walks.update(&id, &walk))
 		count(all, KV_LOST_WALKS);
 	return 0;
 }
+
+#ifdef KV_ARG_RMAP_WALK_ANON_RWC
+int enter_rmap_walk_anon(struct registers *ctx)
+{
+	return begin(MAPPING_ANON, ARGUMENT(ctx, RMAP_WALK_ANON, RWC));
+}
+#endif
+
+#ifdef KV_ARG_RMAP_WALK_KSM_RWC
+int enter_rmap_walk_ksm(struct registers *ctx)
+{
+	return begin(MAPPING_KSM, ARGUMENT(ctx, RMAP_WALK_KSM, RWC));
+}
+#endif
+
+#ifdef KV_ARG_RMAP_WALK_FILE_RWC
+/* __rmap_walk_file(), or where there is none rmap_walk_file(). */
+int enter_rmap_walk_file(struct registers *ctx)
+{
+	return begin(0, ARGUMENT(ctx, RMAP_WALK_FILE, RWC));
+}
+#endif
 
 int leave_rmap_walk(struct registers *ctx)
 {

@@ -63,11 +63,14 @@ _WITHOUT = {
 }
 
 _ANON = {"folio": _FOLIO, "vma": _VMA, "address": _ULONG}
-_WALK = {"folio": _FOLIO, "rwc": "struct rmap_walk_control *"}
+_WALK = {"rwc": "struct rmap_walk_control *"}
 # By function: its parameters by name, each with its type.
 _FUNCTIONS: Mapping[str, Mapping[str, str]] = {
-    "rmap_walk": _WALK,
-    "rmap_walk_locked": _WALK,
+    # Not rmap_walk() and rmap_walk_locked(): where mm/rmap.c itself calls them, compilers inline them.
+    "rmap_walk_anon": _WALK,
+    "rmap_walk_ksm": _WALK,
+    "__rmap_walk_file": _WALK,
+    "rmap_walk_file": _WALK,
     "copy_vma": {"vmap": "struct vm_area_struct **", "addr": _ULONG, "len": _ULONG, "pgoff": _ULONG},
     "__split_vma": {"vma": _VMA, "addr": _ULONG, "new_below": "int"},
     "vma_complete": {"vp": "struct vma_prepare *"},
@@ -286,6 +289,12 @@ def read_trace_layout(btf: Btf) -> TraceLayout:
             if Scheme.VIRT_PGOFF.value in found:
                 found["anon_pgoff"] = found.pop(Scheme.VIRT_PGOFF.value)
             arguments[function] = found
+    # Where both are there, the one calls the other; mapping_wrprotect_range() calls the inner one too.
+    if "__rmap_walk_file" in arguments:
+        arguments.pop("rmap_walk_file", None)
+        absent.pop("rmap_walk_file", None)
+    elif "rmap_walk_file" in arguments:
+        del absent["__rmap_walk_file"]
     callbacks = _callbacks(btf, members)
     if isinstance(callbacks, str):
         missing["callbacks"], callbacks = callbacks, ()

@@ -41,10 +41,11 @@ ASSERTIONS = ("COPY-AP", "SPLIT-AP", "RMAP-ADDRESS", "NEW-INDEX")
 
 @dataclass(frozen=True)
 class RmapCounts:
-    """Walks of rmap_walk() and rmap_walk_locked(), and their steps."""
+    """Walks of rmap_walk() and its like, and their steps."""
 
     walks: Mapping[str, int | None]
-    """By :data:`WALKS`. Under a filter nothing tells whose an empty walk is: None."""
+    """By :data:`WALKS`. Under a filter nothing tells whose an empty walk is: None. So are those of
+    which the function could not be probed."""
     steps: Tally
     """By :data:`STEPS`."""
     reasons: Tally

@@ -18,11 +18,19 @@ from kvirt.trace.filters import Cgroup, Glob
 DIRECTORIES = (Path(__file__).parents[2] / "bpf", Path(sys.prefix) / "share" / "kvirt" / "bpf")
 # 1, 2, up to 4, ... up to 16384 VMAs, and more.
 VMAS_BUCKETS = 16
+RMAP_WALKS = {
+    "rmap_walk_anon": ("all_hit", "mixed", "all_fallback", "empty"),
+    "rmap_walk_ksm": ("ksm",),
+    "__rmap_walk_file": ("file",),
+    "rmap_walk_file": ("file",),
+}
+"""By function, the walks that its probe tells of. Of the last two a kernel has one, or one that calls the
+other."""
 # Processes that are told apart.
 PROCESSES = 16384
 PROCESS_COUNTERS = ("rmap_hit", "rmap_fallback", "copy_hit", "copy_fallback", "split_hit", "split_fallback")
 LOST = {
-    "walks": "walks of rmap_walk() for which there was no room",
+    "walks": "rmap walks for which there was no room",
     "steps": "steps of a walk by a function without a name",
     "copy_vma": "calls of copy_vma() of which the return was not seen",
     "split_vma": "calls of __split_vma() of which the return was not seen",
@@ -126,7 +134,7 @@ def constants(request: Request, layout: TraceLayout) -> dict[str, int]:
     defined = dict(layout.constants)
     defined["KV_PAGE_SHIFT"] = os.sysconf("SC_PAGESIZE").bit_length() - 1
     for function, roles in layout.arguments.items():
-        name = function.lstrip("_").removesuffix("_locked").upper()
+        name = function.lstrip("_").upper()
         for role, position in roles.items():
             defined[f"KV_ARG_{name}_{role.upper()}"] = position
     defined |= Indexes(len(layout.callbacks)).constants()
@@ -152,7 +160,7 @@ def constants(request: Request, layout: TraceLayout) -> dict[str, int]:
 def files(request: Request, layout: TraceLayout) -> list[str]:
     """Name the files that a request is compiled from; those of functions that cannot be probed are not."""
     names = ["kvirt.h"]
-    if request.rmap and "rmap_walk" in layout.arguments:
+    if request.rmap and any(name in layout.arguments for name in RMAP_WALKS):
         names += ["rmap_walk.c", "rmap_one.c"]
     if request.rmap and "folio_add_new_anon_rmap" in layout.arguments:
         names.append("new_anon_rmap.c")

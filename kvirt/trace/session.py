@@ -30,7 +30,7 @@ from kvirt.trace.counts import (
     Tally,
     Violation,
 )
-from kvirt.trace.program import Indexes, Request
+from kvirt.trace.program import RMAP_WALKS, Indexes, Request
 from kvirt.trace.symbols import function_addresses
 
 # What bcc itself includes of kernels from 6.19 uses what clang has to be told of.
@@ -64,7 +64,11 @@ def probes(request: Request, layout: TraceLayout) -> list[Probe]:
     if request.rmap:
         # Callbacks first: a walk that is seen to begin is seen whole.
         wanted += [Probe(name, "rmap_one") for name in layout.callbacks]
-        wanted += [Probe(name, "enter_rmap_walk", "leave_rmap_walk") for name in RMAP_WALKS]
+        wanted += [
+            Probe(name, f"enter_{name.lstrip('_')}", "leave_rmap_walk")
+            for name in RMAP_WALKS
+            if name in layout.arguments or name in layout.absent
+        ]
         wanted += [Probe(name, "enter_new_anon_rmap", "leave_new_anon_rmap") for name in NEW_ANONS]
     if request.copy_vma:
         wanted.append(Probe("copy_vma", "enter_copy_vma", "leave_copy_vma"))
@@ -74,7 +78,6 @@ def probes(request: Request, layout: TraceLayout) -> list[Probe]:
     return wanted
 
 
-RMAP_WALKS = ("rmap_walk", "rmap_walk_locked")
 NEW_ANONS = ("folio_add_new_anon_rmap", "hugetlb_add_new_anon_rmap")
 # What an assertion is seen by.
 ASSERTED_BY = {
@@ -302,9 +305,10 @@ class Session:
 
     def _rmap(self, tally: Callable[[Mapping[str, int]], dict[str, int]]) -> RmapCounts:
         indexes = self._indexes
-        walks: dict[str, int | None] = {**tally(indexes.walks)}
+        told = {name for function, names in RMAP_WALKS.items() if self._sees(function) for name in names}
         if self._request.filtered:
-            walks["empty"] = None
+            told.discard("empty")
+        walks = {name: n if name in told else None for name, n in tally(indexes.walks).items()}
         callbacks: dict[str, Tally | None] = {}
         steps = dict.fromkeys(counts.STEPS, 0)
         for name, cells in zip(self._layout.callbacks, indexes.steps, strict=True):

@@ -98,8 +98,10 @@ class Kernel:
             ("new_below", self.int),
         )
         self.func("__split_vma", self.int, *split)
-        for name in ("rmap_walk", "rmap_walk_locked"):
+        for name in ("rmap_walk_anon", "rmap_walk_ksm"):
             self.func(name, 0, ("folio", self.folio_p), ("rwc", self.rwc_p))
+        inner = (("folio", self.folio_p), ("mapping", self.types["ptr"]), ("rwc", self.rwc_p))
+        self.func("__rmap_walk_file", 0, *inner)
         self.func("vma_complete", 0, ("vp", self.vp_p), ("vmi", self.types["ptr"]))
         anon = (("folio", self.folio_p), ("vma", self.vma_p), ("address", self.ulong), ("flags", self.int))
         self.func("folio_add_new_anon_rmap", 0, *anon)
@@ -158,8 +160,9 @@ def test_anon_pgoff():
     }
     anon = {"folio": 0, "vma": 1, "address": 2}
     assert layout.arguments == {
-        "rmap_walk": {"folio": 0, "rwc": 1},
-        "rmap_walk_locked": {"folio": 0, "rwc": 1},
+        "rmap_walk_anon": {"rwc": 1},
+        "rmap_walk_ksm": {"rwc": 1},
+        "__rmap_walk_file": {"rwc": 2},
         "copy_vma": {"vmap": 0, "addr": 1, "len": 2, "pgoff": 3, "anon_pgoff": 4},
         "__split_vma": {"vma": 1, "addr": 2, "new_below": 3},
         "vma_complete": {"vp": 0},
@@ -266,7 +269,7 @@ def test_without_vma_prepare_no_split_is_checked():
     assert "__split_vma" in layout.arguments
 
 
-@pytest.mark.parametrize("function", ["copy_vma", "rmap_walk_locked", "hugetlb_add_new_anon_rmap"])
+@pytest.mark.parametrize("function", ["copy_vma", "rmap_walk_ksm", "hugetlb_add_new_anon_rmap"])
 def test_functions_that_are_not_there(function):
     layout = Kernel(without=(function,)).layout()
     assert set(layout.absent) == {function}
@@ -276,16 +279,30 @@ def test_functions_that_are_not_there(function):
 
 
 def test_functions_with_other_parameters():
-    kernel = Kernel(without=("__split_vma", "rmap_walk", "folio_add_new_anon_rmap"))
+    kernel = Kernel(without=("__split_vma", "rmap_walk_anon", "folio_add_new_anon_rmap"))
     fillers = [(f"x{n}", kernel.int) for n in range(5)]
     kernel.a.func("__split_vma", kernel.int, [*fillers[:3], ("vma", kernel.vma_p), ("addr", kernel.ulong)])
-    kernel.a.func("rmap_walk", 0, [*fillers, ("folio", kernel.folio_p), ("rwc", kernel.rwc_p)])
+    kernel.a.func("rmap_walk_anon", 0, [*fillers, ("folio", kernel.folio_p), ("rwc", kernel.rwc_p)])
     for name in ("folio", "page"):
         kernel.a.func("folio_add_new_anon_rmap", 0, [(name, kernel.folio_p)])
     absent = kernel.layout().absent
     assert "no parameter new_below of type int (int __split_vma(int x0," in absent["__split_vma"]
-    assert "has its parameter rwc on the stack" in absent["rmap_walk"]
+    assert "has its parameter rwc on the stack" in absent["rmap_walk_anon"]
     assert "more than one function" in absent["folio_add_new_anon_rmap"]
+
+
+def test_walks_of_files_have_one_name_or_another():
+    def layout(*without):
+        kernel = Kernel(without=without)
+        if "rmap_walk_file" not in without:
+            kernel.a.func("rmap_walk_file", 0, [("folio", kernel.folio_p), ("rwc", kernel.rwc_p)])
+        return kernel.layout()
+
+    outer, inner = "rmap_walk_file", "__rmap_walk_file"
+    assert (layout().arguments[inner], layout().absent) == ({"rwc": 2}, {})
+    assert outer not in layout().arguments
+    assert (layout(inner).arguments[outer], layout(inner).absent) == ({"rwc": 1}, {})
+    assert set(layout(outer, inner).absent) == {outer, inner}
 
 
 def test_callbacks_that_take_pages():

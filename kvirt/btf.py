@@ -190,7 +190,7 @@ class Btf:
         kinds = bytes(map(uppermost.__getitem__, islice(self._records, 1, None)))
         self._kinds = b"\0" + kinds.translate(bytes(i & 0x7F for i in range(256)))
         self._of_kinds: dict[Kind, list[int]] = {}
-        self._by_name: dict[Kind, tuple[dict[int, int], dict[int, int]]] = {}
+        self._by_name: dict[Kind, tuple[list[int], dict[int, int]]] = {}
         self._enumerators: dict[int, int] | None = None
         self._members: dict[int, tuple[Member, ...]] = {}
         self._spelled: dict[int, str] = {}
@@ -205,6 +205,8 @@ class Btf:
         try:
             for _ in range(end // (3 * _BLOCK) + 1):
                 records += [at := at + sizes[infos[at]] for _ in range(_BLOCK)]
+                if at == end:
+                    break
         except IndexError:
             at = -1
         if at != end:
@@ -242,33 +244,26 @@ class Btf:
         """Return the name of a type, a function or a variable; empty if it has none."""
         return self._string(self._words[self._record(type_id)]) if type_id else "void"
 
-    def of_kind(self, kind: Kind) -> list[int]:
-        """Return all types of a kind, in their order."""
+    def _of_kind(self, kind: Kind) -> list[int]:
+        """Records of all types of a kind."""
         if kind not in self._of_kinds:
             wanted = self._kinds.translate(bytes(i == kind for i in range(256)))
-            self._of_kinds[kind] = list(compress(range(len(wanted)), wanted))
+            self._of_kinds[kind] = list(compress(self._records, wanted))
         return self._of_kinds[kind]
 
     def named(self, kind: Kind, name: str) -> tuple[int, ...]:
         """Return the types of a kind and name, in their order: none, one, or several that differ."""
+        records = self._of_kind(kind)
         if kind not in self._by_name:
-            ids = self.of_kind(kind)
-            names = [self._words[self._records[i]] for i in ids]
-            self._by_name[kind] = (
-                dict(zip(reversed(names), reversed(ids), strict=True)),
-                dict(zip(names, ids, strict=True)),
-            )
-        first, last = self._by_name[kind]
+            names = [self._words[record] for record in records]
+            self._by_name[kind] = (names, dict(zip(names, records, strict=True)))
+        names, by_name = self._by_name[kind]
         for offset in self._offsets(name):
-            if offset in first:
-                a, b = first[offset], last[offset]
-                if a == b:
-                    return (a,)
-                return tuple(
-                    i
-                    for i in range(a, b + 1)
-                    if self._kinds[i] == kind and self._words[self._records[i]] == offset
-                )
+            if offset in by_name:
+                found = [by_name[offset]]
+                if names.count(offset) > 1:
+                    found = [record for record in records if self._words[record] == offset]
+                return tuple(bisect_left(self._records, record) for record in found)
         return ()
 
     def resolve(self, type_id: int) -> int:
@@ -389,20 +384,16 @@ class Btf:
 
     def functions_like(self, prototype: Prototype) -> list[str]:
         """Return the names of all functions with the same types of parameters and result, sorted."""
-        count = len(prototype.parameters) + prototype.variadic
         wanted = [self.spell(prototype.returns), *(self.spell(p.type) for p in prototype.parameters)]
-        words, protos = self._words, set()
-        for type_id in self.of_kind(Kind.FUNC_PROTO):
-            record = self._records[type_id]
-            if words[record + 1] & _VLEN != count:
-                continue
+        count = len(prototype.parameters) + prototype.variadic
+        info, words, protos = Kind.FUNC_PROTO << 24 | count, self._words, set()
+        for record in [r for r in self._of_kind(Kind.FUNC_PROTO) if words[r + 1] == info]:
             types = words[record + 2 : record + 3 + 2 * count : 2]
             if prototype.variadic and types.pop() != 0:
                 continue
             if all(self.spell(t) == w for t, w in zip(types, wanted, strict=True)):
-                protos.add(type_id)
-        records = [self._records[i] for i in self.of_kind(Kind.FUNC)]
-        return sorted({self._string(words[r]) for r in records if words[r + 2] in protos})
+                protos.add(bisect_left(self._records, record))
+        return sorted({self._string(words[r]) for r in self._of_kind(Kind.FUNC) if words[r + 2] in protos})
 
     def enumerator(self, name: str) -> int | None:
         """Return the value of an enumerator, None if there is none of that name."""
@@ -410,19 +401,21 @@ class Btf:
             if self._enumerators is None:
                 self._enumerators = {}
                 for kind in (Kind.ENUM64, Kind.ENUM):
-                    for type_id in self.of_kind(kind):
-                        record, step = self._records[type_id], _ELEMENT[kind]
-                        end = record + 3 + step * (self._words[record + 1] & _VLEN)
-                        self._enumerators.update(dict.fromkeys(self._words[record + 3 : end : step], type_id))
+                    for record in self._of_kind(kind):
+                        names = self._words[self._elements(record, _ELEMENT[kind])]
+                        self._enumerators.update(dict.fromkeys(names, record))
             if offset in self._enumerators:
                 return self._value(self._enumerators[offset], offset)
         return None
 
-    def _value(self, type_id: int, name: int) -> int:
-        record = self._records[type_id]
-        info, step = self._words[record + 1], _ELEMENT[Kind(self._kinds[type_id])]
-        names = self._words[record + 3 : record + 3 + step * (info & _VLEN) : step]
-        at = record + 3 + step * names.index(name)
+    def _elements(self, record: int, step: int) -> slice:
+        """Words in which the elements of a record start."""
+        return slice(record + 3, record + 3 + step * (self._words[record + 1] & _VLEN), step)
+
+    def _value(self, record: int, name: int) -> int:
+        info = self._words[record + 1]
+        step = _ELEMENT[Kind(info >> 24 & 0x7F)]
+        at = record + 3 + step * self._words[self._elements(record, step)].index(name)
         value = self._words[at + 1] | (self._words[at + 2] << 32 if step == 3 else 0)
         bits = 32 * (step - 1)
         return value - (1 << bits) if info & _KIND_FLAG and value >> (bits - 1) else value

@@ -37,7 +37,7 @@ _STRUCTS: Mapping[str, tuple[str, str, int | None]] = {
     "KV_RWC_RMAP_ONE": ("rmap_walk_control", "rmap_one", 8),
     "KV_TASK_TGID": ("task_struct", "tgid", 4),
     "KV_TASK_PID": ("task_struct", "pid", 4),
-    "KV_TASK_COMM": ("task_struct", "comm", 16),
+    "KV_TASK_COMM": ("task_struct", "comm", None),
     "KV_TASK_LEADER": ("task_struct", "group_leader", 8),
 }
 # Without them something cannot be told: by what, then as above.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
 
-from kvirt.errors import KvirtError
+from kvirt.errors import KvirtError, printable
 
 # include/uapi/linux/btf.h
 _MAGIC = 0xEB9F
@@ -140,7 +140,7 @@ class _Sizes(dict[int, int]):
     """
 
     def __init__(self, known: dict[int, tuple[int, int]]) -> None:
-        # What follows the last record counts as a record without size: see Btf._records().
+        # What follows the last record counts as a record without size: see Btf._find_records().
         super().__init__({0: 0})
         self._known = known
 
@@ -226,7 +226,9 @@ class Btf:
     def _string(self, offset: int) -> str:
         if offset >= len(self._strings):
             raise _damaged("a name is missing")
-        return self._strings[offset : self._strings.index(0, offset)].decode(errors="backslashreplace")
+        name = self._strings[offset : self._strings.index(0, offset)].decode(errors="backslashreplace")
+        # Damaged names end up in sentences too.
+        return name if name.isprintable() else printable(name)
 
     def _offsets(self, name: str) -> Iterator[int]:
         """Where a name is among the strings; also at the end of a longer one."""

@@ -303,6 +303,15 @@ def ask_everything(data: bytes) -> None:
             pass
 
 
+def test_names_of_damaged_types_can_be_printed():
+    a = Assembler()
+    a.int("\x1b[2J", 4)
+    a.types.append(a.words(len(a.strings), 1 << 24, 4, 32))
+    a.strings += b"\xff\0"
+    btf = Btf(a.finish())
+    assert [btf.spell(1), btf.spell(2)] == ["\\x1b[2J", "\\xff"]
+
+
 def test_truncated_anywhere():
     data = everything().finish()
     for end in range(len(data)):

@@ -398,7 +398,10 @@ class Btf:
         return sorted({self._string(words[r]) for r in self._of_kind(Kind.FUNC) if words[r + 2] in protos})
 
     def enumerator(self, name: str) -> int | None:
-        """Return the value of an enumerator, None if there is none of that name."""
+        """Return the value of an enumerator, None if there is none of that name.
+
+        If several enumerations have one, it is that of any of them.
+        """
         for offset in self._offsets(name):
             if self._enumerators is None:
                 self._enumerators = {}

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Runs in a guest: has remaps.py do its phases, and counts what each was without BPF."""
+"""Runs in a guest: has remaps.py do its phases, and counts each with kvirt's programs and without BPF."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from kprobes import Kprobes
+from kvirt.btf import Btf
+from kvirt.layout_trace import read_trace_layout
+from kvirt.trace.counts import since
+from kvirt.trace.environment import load_bcc
+from kvirt.trace.filters import Glob
+from kvirt.trace.program import Request
+from kvirt.trace.session import Session
+from tests.live.kprobes import Kprobes
 
 COMM = "kvirt-remaps"
 NEW_ANON = "folio_add_new_anon_rmap"
@@ -32,29 +39,66 @@ FUNCTIONS = {
 }
 
 
+# Debian's 7.3 looks at pages picked at random, for statistics: that walks, too.
+DAMON_STAT = Path("/sys/module/damon_stat/parameters/enabled")
+
+
+@contextmanager
+def no_damon():
+    """Keep the kernel from walking of its own accord."""
+    if not DAMON_STAT.exists():
+        yield
+        return
+    before = DAMON_STAT.read_text()
+    DAMON_STAT.write_text("N")
+    try:
+        yield
+    finally:
+        DAMON_STAT.write_text(before)
+
+
 def flat(read):
     return {(function, key): n for function, keys in read.items() for key, n in keys.items()}
 
 
+def seen_since(before, now, carve_out):
+    seen = {}
+    for (function, key), n in now.items():
+        n -= before.get((function, key), 0)
+        if n:
+            seen[function] = seen.get(function, 0) + n
+            if function == NEW_ANON and carve_out[0] <= key < carve_out[1]:
+                seen[IN_CARVE_OUT] = seen.get(IN_CARVE_OUT, 0) + n
+    return seen
+
+
+def take(kprobes, session):
+    """Read both of a moment when nothing happened."""
+    while True:
+        before, counts = flat(kprobes.read()), session.counts()
+        if flat(kprobes.read()) == before:
+            return before, counts
+
+
 def main():
-    program = [sys.executable, str(Path(__file__).parent / "remaps.py"), *sys.argv[1:]]
-    with Kprobes(COMM, FUNCTIONS) as kprobes:
-        child = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    remaps = Path(__file__).parent / "remaps.py"
+    layout = read_trace_layout(Btf(Path("/sys/kernel/btf/vmlinux").read_bytes()))
+    # The same name to both: kvirt's programs look at the owner of the memory, kprobes at who is running.
+    session = Session(Request(comm=Glob.compile(COMM)), layout, load_bcc())
+    with no_damon(), session, Kprobes(COMM, FUNCTIONS) as kprobes:
+        child = subprocess.Popen(
+            [sys.executable, str(remaps), *sys.argv[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         for line in child.stdout:
             told = json.loads(line)
             if told.get("ready"):
-                before = flat(kprobes.read())
-                low, high = told["carve_out"]
+                before = take(kprobes, session)
+                carve_out = told["carve_out"]
             elif "counts" in told:
-                now = flat(kprobes.read())
-                seen = {}
-                for (function, key), n in now.items():
-                    n -= before.get((function, key), 0)
-                    if n:
-                        seen[function] = seen.get(function, 0) + n
-                        if function == NEW_ANON and low <= key < high:
-                            seen[IN_CARVE_OUT] = seen.get(IN_CARVE_OUT, 0) + n
-                print(json.dumps({**told, "seen": seen}), flush=True)
+                now = take(kprobes, session)
+                told["seen"] = seen_since(before[0], now[0], carve_out)
+                told["counted"] = dataclasses.asdict(since(before[1], now[1]))
+                print(json.dumps(told), flush=True)
             if "skipped" in told:
                 print(line.decode(), end="", flush=True)
             else:

@@ -14,6 +14,7 @@ import errno
 import gc
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -37,6 +38,8 @@ FENCE = sc.MAP_PRIVATE | sc.MAP_ANONYMOUS | sc.MAP_NORESERVE
 HUGE = 2 << 20
 KSM = Path("/sys/kernel/mm/ksm")
 MERGE_PATIENCE = 60
+# Of each of a crowd: moves there and back, and pages to swap out.
+ROUNDS, CROWD_PAGES = 100, 48
 # Of a region whose pages a fork may have given to other processes.
 FAMILY = "family"
 PHASES = {}
@@ -341,6 +344,35 @@ class Actor:
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
         die_with_parent()
 
+    def crowd(self, number, work):
+        """Have children do the same at the same time, on all processors. As phases, ``work`` yields once."""
+        gate, reports = os.pipe(), []
+        for child in range(number):
+            readable, writable = os.pipe()
+            if os.fork():
+                os.close(writable)
+                reports.append(os.fdopen(readable, "rb"))
+                continue
+            die_with_parent()
+            os.close(gate[1])
+            os.sched_setaffinity(0, {child % os.cpu_count()})
+            steps = work()
+            for _ in range(2):
+                self.forecast.counts.clear()
+                next(steps, None)
+                os.write(writable, pickle.dumps(self.forecast.counts))
+                # An end, when all may begin.
+                os.read(gate[0], 1)
+            os._exit(0)
+        os.close(gate[0])
+        for report in reports:
+            self.forecast.counts.update(pickle.load(report))
+        yield
+        os.close(gate[1])
+        for report in reports:
+            self.forecast.counts.update(pickle.load(report))
+            os.wait()
+
 
 # copy_vma()
 
@@ -429,6 +461,20 @@ def copy_self_merged(do, number):
         do.move_beside(region, region.end)
     for region in regions[number:]:
         do.move_beside(region, region.start - region.size)
+
+
+@phase
+def copy_crowd(do, number):
+    """Many at a time: nothing may be lost."""
+
+    def work():
+        region = do.write(do.anon())
+        home, away = region.start, do.slot()
+        yield
+        for _ in range(ROUNDS):
+            region = do.move(do.move(region, away), home)
+
+    return do.crowd(number, work)
 
 
 # __split_vma()
@@ -593,6 +639,22 @@ def page_outs(moved):
 
 
 PHASES |= {"page-out": page_outs(False), "page-out-displaced": page_outs(True)}
+
+
+@phase
+def page_out_crowd(do, number):
+    def work():
+        region = do.move(do.write(do.anon(CROWD_PAGES)))
+        yield
+        do.page_out(region)
+
+    area = SwapArea()
+    try:
+        area.open()
+        yield from do.crowd(number, work)
+        yield
+    finally:
+        area.close()
 
 
 def thp_splits(moved):

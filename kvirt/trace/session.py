@@ -6,10 +6,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from kvirt.trace.program import RMAP_WALKS, Indexes, Request
 from kvirt.trace.symbols import function_addresses
 
 # What bcc itself includes of kernels from 6.19 uses what clang has to be told of.
-_DIALECT = ("-fms-extensions", "-Wno-microsoft-anon-tag")
+DIALECT = ("-fms-extensions", "-Wno-microsoft-anon-tag")
 # Headers that bcc includes and that nothing here uses, passed by as if they were included already: they
 # take a third of the time. Where one has another guard, all works as well and is slower.
 _GUARDS = (
@@ -42,11 +41,13 @@ _GUARDS = (
     *("_UAPI_LINUX_IF_ETHER_H",),
 )
 # Nobody debugs the programs; what a debugger would need takes another tenth.
-CFLAGS = (*_DIALECT, *(f"-D{guard}" for guard in _GUARDS), "-g0")
+CFLAGS = (*DIALECT, *(f"-D{guard}" for guard in _GUARDS), "-g0")
 # Seconds that functions which were entered before the detaching get to return.
 GRACE = 0.1
 ATTACHED = "attached"
 FDINFO = Path("/proc/self/fdinfo")
+# Violations that are kept with their details: a kernel that breaks an assertion may do so at every event.
+MAX_VIOLATIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,33 @@ class _Violation(ctypes.Structure):
     )
 
 
+class _Symbols:
+    """Looks for functions while something else goes on."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._error: KvirtError | None = None
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        try:
+            self._found = function_addresses(self._names)
+        except KvirtError as error:
+            self._error = error
+
+    def addresses(self) -> dict[str, list[int]]:
+        """Wait for what was found."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
 @contextmanager
 def _complaints() -> Iterator[Callable[[], str]]:
     """Keep what C code writes on stderr, and give a function that returns its last lines."""
-    with tempfile.TemporaryFile() as file:
+    with os.fdopen(os.memfd_create("kvirt"), "w+b") as file:
 
         def said() -> str:
             file.seek(0)
@@ -160,6 +184,7 @@ class Session:
         self._attached: list[Probe] = []
         self._violations: list[Violation] = []
         self._told = 0
+        self._untold = 0
         self._names: dict[tuple[int, int], str] = {}
 
     def __enter__(self) -> Session:
@@ -167,13 +192,12 @@ class Session:
         defined = program.constants(self._request, self._layout)
         flags = [f"-D{name}={program.literal(value)}" for name, value in defined.items()]
         # The kernel takes its time to write down its symbols, and compiling leaves the interpreter free.
-        with ThreadPoolExecutor(1) as threads:
-            wanted = probes(self._request, self._layout)
-            addresses = threads.submit(function_addresses, [probe.function for probe in wanted])
-            with _refusals("bcc cannot compile the program"):
-                self._bpf: Any = self._bcc.BPF(text=text, cflags=[*CFLAGS, *flags])
+        wanted = probes(self._request, self._layout)
+        symbols = _Symbols([probe.function for probe in wanted])
+        with _refusals("bcc cannot compile the program"):
+            self._bpf: Any = self._bcc.BPF(text=text, cflags=[*CFLAGS, *flags])
         try:
-            self._attach(wanted, addresses.result())
+            self._attach(wanted, symbols.addresses())
         except BaseException:
             self._detach()
             raise
@@ -209,7 +233,7 @@ class Session:
             return {name: cells[index] for name, index in indexes.items()}
 
         lost = tally(self._indexes.lost)
-        untold = lost["violations"]
+        untold = lost.pop("violations")
         return Counts(
             seconds=time.monotonic() - self._began,
             probes=self.probes,
@@ -221,7 +245,7 @@ class Session:
             processes=self._processes(),
             displacers=self._displacers(),
             violations=tuple(self._violations),
-            violations_untold=untold,
+            violations_untold=untold + self._untold,
         )
 
     def _sees(self, function: str) -> bool:
@@ -399,6 +423,9 @@ class Session:
         return self._names[pid, address]
 
     def _violated(self, ctx: object, data: int, size: int) -> None:
+        if len(self._violations) == MAX_VIOLATIONS:
+            self._untold += 1
+            return
         told = ctypes.cast(data, ctypes.POINTER(_Violation)).contents
         self._violations.append(
             Violation(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-.PHONY: demo lint storm test
+.PHONY: bench demo lint storm test
+bench: ; @scripts/bench
 demo: ; @scripts/demo
 lint: ; @scripts/lint
 storm: ; @scripts/storm

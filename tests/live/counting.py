@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Runs in a guest: has remaps.py do its phases, and counts each with kvirt's programs and without BPF."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -11,10 +10,11 @@ from pathlib import Path
 
 from kvirt.btf import Btf
 from kvirt.layout_trace import read_trace_layout
+from kvirt.render.trace_json import trace_document
 from kvirt.trace.counts import since
 from kvirt.trace.environment import load_bcc
 from kvirt.trace.filters import Glob
-from kvirt.trace.program import Request
+from kvirt.trace.program import PROCESSES, Request
 from kvirt.trace.session import Session
 from tests.live.kprobes import Kprobes
 
@@ -97,7 +97,8 @@ def main():
             elif "counts" in told:
                 now = take(kprobes, session)
                 told["seen"] = seen_since(before[0], now[0], carve_out)
-                told["counted"] = dataclasses.asdict(since(before[1], now[1]))
+                document = trace_document(since(before[1], now[1]), top=PROCESSES, stacks=False)
+                told["counted"] = json.loads(document)
                 print(json.dumps(told), flush=True)
             if "skipped" in told:
                 print(line.decode(), end="", flush=True)

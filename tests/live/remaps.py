@@ -121,8 +121,12 @@ class Forecast:
         self.count("split_vma", "failed")
         self.count("split_vma", "errors", errno.errorcode[error])
 
-    def walked(self, callback, vmas, page, kind="anon"):
-        """One rmap_walk(): ``vmas`` are all that it comes to, the one that the folio was made in first."""
+    def walked(self, callback, vmas, page, kind="anon", forked=True):
+        """One rmap_walk(): ``vmas`` are all that it comes to.
+
+        :param page: the folio's first, counted from the first VMA's first
+        :param forked: whether all but the first are those of forks of the process that the folio was made in
+        """
         if kind != "anon":
             self.count("rmap", "walks", kind)
             self.count("rmap", "steps", kind, number=len(vmas))
@@ -136,7 +140,7 @@ class Forecast:
             self.count("rmap", "steps", step)
             self.count("rmap", "callbacks", callback, step)
             self.count("assertions", "RMAP-ADDRESS")
-            if number:
+            if number and forked:
                 self.count("rmap", "labels", "shared")
             if not hit:
                 self.count("rmap", "reasons", self.reason(region))
@@ -657,30 +661,50 @@ def page_out_crowd(do, number):
         area.close()
 
 
-def thp_splits(moved):
-    """Make a phase that splits a huge page, under the lock of its anon_vma: rmap_walk_locked()."""
+def huge_page(do):
+    region = do.anon(HUGE // PAGE_SIZE, align=HUGE)
+    sc.madvise(region.start, HUGE, sc.MADV_HUGEPAGE)
+    sc.store(region.start, HUGE, 1)
+    region.faulted = True
+    do.forecast.count("assertions", "NEW-INDEX")
+    if smaps_field("self", region.start, "AnonHugePages") != HUGE >> 10:
+        raise Skip("There was no huge page free, or they are turned off.")
+    return region
 
-    def generator(do, number):
-        region = do.anon(HUGE // PAGE_SIZE, align=HUGE)
-        sc.madvise(region.start, HUGE, sc.MADV_HUGEPAGE)
-        sc.store(region.start, HUGE, 1)
-        region.faulted = True
-        do.forecast.count("assertions", "NEW-INDEX")
-        if moved:
-            region = do.move(region, do.slot(HUGE // PAGE_SIZE, HUGE))
-        if smaps_field("self", region.start, "AnonHugePages") != HUGE >> 10:
-            raise Skip("There was no huge page free, or they are turned off.")
-        yield
-        command = f"{os.getpid()},{region.start:#x},{region.end:#x},0"
-        Path("/sys/kernel/debug/split_huge_pages").write_text(command)
-        do.forecast.walked("try_to_migrate_one", [region], 0)
+
+def split_huge_page(do, *regions):
+    """Split the huge page that the regions map, under the lock of its anon_vma: rmap_walk_locked()."""
+    command = f"{os.getpid()},{regions[0].start:#x},{regions[0].end:#x},0"
+    Path("/sys/kernel/debug/split_huge_pages").write_text(command)
+    # Once for the large folio, and then for each of the small ones that it has become.
+    do.forecast.walked("try_to_migrate_one", regions, 0, forked=False)
+    for region in regions:
         for page in range(region.pages):
             do.forecast.walked("remove_migration_pte", [region], page)
+
+
+def thp_splits(moved):
+    """Make a phase of a huge page in one VMA."""
+
+    def generator(do, number):
+        region = huge_page(do)
+        if moved:
+            region = do.move(region, do.slot(region.pages, HUGE))
+        yield
+        split_huge_page(do, region)
 
     return generator
 
 
 PHASES |= {"split-thp": thp_splits(False), "split-thp-displaced": thp_splits(True)}
+
+
+@phase
+def split_thp_halves(do, number):
+    """A huge page of which a part was moved away: the other VMA begins in the middle of the folio."""
+    low, high = do.move_half(huge_page(do))
+    yield
+    split_huge_page(do, low, high)
 
 
 # folio_add_new_anon_rmap()

@@ -4,8 +4,10 @@
 import json
 from collections import Counter
 
+import jsonschema
 import pytest
 
+from kvirt.render.json import schema
 from kvirt.trace import counts as names
 from tests.live.remaps import PHASES
 
@@ -71,10 +73,11 @@ def test_forecast_is_what_the_kernel_called(phases, name):
 
 
 def all_of(members, tally):
-    return dict.fromkeys(members, 0) | tally
+    return dict.fromkeys(members, 0) | only(members, tally)
 
 
 def check_rmap(counted, forecast):
+    # Nothing tells whose a walk without steps is.
     assert counted["walks"] == all_of(names.WALKS, forecast.get("walks", {})) | {"empty": None}
     assert counted["steps"] == all_of(names.STEPS, forecast.get("steps", {}))
     assert counted["reasons"] == all_of(names.RMAP_REASONS, forecast.get("reasons", {}))
@@ -86,19 +89,39 @@ def check_rmap(counted, forecast):
         assert steps == all_of(names.STEPS, callbacks.get(name, {}))
 
 
+def check_copy_vma(counted, forecast):
+    assert counted == {
+        **all_of(names.COPY_VMA, forecast),
+        "reasons": all_of(names.COPY_VMA_REASONS, forecast.get("reasons", {})),
+        "results": all_of(names.COPY_VMA_RESULTS, forecast.get("results", {})),
+    }
+
+
+def check_split_vma(counted, forecast):
+    assert counted == {**all_of(names.SPLIT_VMA, forecast), "errors": forecast.get("errors", {})}
+
+
+def check_processes(document):
+    """What single processes had adds up to all of it."""
+    for what, total in (
+        ("rmap", document["rmap"]["steps"]),
+        ("copy_vma", document["copy_vma"]),
+        ("split_vma", document["split_vma"]),
+    ):
+        for kind in ("hit", "fallback"):
+            assert sum(process[what][kind] for process in document["processes"]) == total[kind]
+
+
 @pytest.mark.parametrize("name", PHASES)
 def test_forecast_is_what_is_counted(phases, name):
     phase = phases[name]
-    counted, forecast = phase["counted"], phase["counts"]
-    assert counted["lost"] == {}
-    check_rmap(counted["rmap"], forecast.get("rmap", {}))
-    copy_vma, copied = counted["copy_vma"], forecast.get("copy_vma", {})
-    assert copy_vma["calls"] == all_of(names.COPY_VMA, only(names.COPY_VMA, copied))
-    assert copy_vma["reasons"] == all_of(names.COPY_VMA_REASONS, copied.get("reasons", {}))
-    assert copy_vma["results"] == all_of(names.COPY_VMA_RESULTS, copied.get("results", {}))
-    split_vma, split = counted["split_vma"], forecast.get("split_vma", {})
-    assert split_vma["calls"] == all_of(names.SPLIT_VMA, only(names.SPLIT_VMA, split))
-    assert split_vma["errors"] == split.get("errors", {})
+    document, forecast = phase["counted"], phase["counts"]
+    jsonschema.validate(document, schema("kvirt.trace/1"))
+    assert document["lost"] == {}
+    check_rmap(document["rmap"], forecast.get("rmap", {}))
+    check_copy_vma(document["copy_vma"], forecast.get("copy_vma", {}))
+    check_split_vma(document["split_vma"], forecast.get("split_vma", {}))
+    check_processes(document)
     held = forecast.get("assertions", {}) | {"NEW-INDEX": phase["seen"].get("folio_add_new_anon_rmap", 0)}
-    assert counted["assertions"] == {name: {"ok": held.get(name, 0), "bad": 0} for name in names.ASSERTIONS}
-    assert counted["violations"] == []
+    assert document["assertions"] == {id_: {"ok": held.get(id_, 0), "bad": 0} for id_ in names.ASSERTIONS}
+    assert document["violations"] == []

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from kvirt.lab.procfs import PAGE_SHIFT, PAGE_SIZE, PM_SWAPPED, read_maps, read_pagemap, smaps_field
@@ -36,6 +37,7 @@ PAGES = 4
 CARVE_OUT = 96 << 20
 FENCE = sc.MAP_PRIVATE | sc.MAP_ANONYMOUS | sc.MAP_NORESERVE
 HUGE = 2 << 20
+CGROUPS = Path("/sys/fs/cgroup")
 KSM = Path("/sys/kernel/mm/ksm")
 MERGE_PATIENCE = 60
 # Of each of a crowd: moves there and back, and pages to swap out.
@@ -43,6 +45,8 @@ ROUNDS, CROWD_PAGES = 100, 48
 # Of a region whose pages a fork may have given to other processes.
 FAMILY = "family"
 PHASES = {}
+# Those in which the kernel decides how often it does something.
+UNFORESEEN = {"reclaim"}
 
 
 def phase(generator):
@@ -658,6 +662,33 @@ def page_out_crowd(do, number):
         yield from do.crowd(number, work)
         yield
     finally:
+        area.close()
+
+
+@phase
+def reclaim(do, number):
+    """What a cgroup has is reclaimed: how often which page is looked at for that is the kernel's choice."""
+    area, control = SwapArea(), CGROUPS / "cgroup.subtree_control"
+    group = CGROUPS / f"kvirt-remaps-{os.getpid()}"
+    has_memory = "memory" in control.read_text().split()
+    try:
+        area.open()
+        if not has_memory:
+            control.write_text("+memory")
+        group.mkdir()
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        do.write(do.anon(CROWD_PAGES))
+        do.move(do.write(do.anon(CROWD_PAGES)))
+        yield
+        with suppress(OSError):
+            # EAGAIN: it was less.
+            (group / "memory.reclaim").write_text("1M")
+        yield
+    finally:
+        (CGROUPS / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+        if not has_memory:
+            control.write_text("-memory")
         area.close()
 
 

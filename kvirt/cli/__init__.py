@@ -32,6 +32,10 @@ COMMANDS = {
         "List the invariants, or explain one.",
     ),
     "lab": ("kvirt.cli.lab", "Kernels, guests and dumps to try kvirt on."),
+    "trace": (
+        "kvirt.cli.trace",
+        "Count fast-path hits and fallbacks in the running kernel (BPF).",
+    ),
     "vmas": ("kvirt.cli.vmas", "Show a process's VMAs with both page offsets."),
 }
 

@@ -57,7 +57,6 @@ class Request:
     family: bool = False
     """Processes that are named later, and their descendants."""
     stacks: bool = False
-    top: int = 10
 
     @property
     def filtered(self) -> bool:

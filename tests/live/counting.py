@@ -5,10 +5,9 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
-from kvirt.btf import Btf
+from kvirt.btf import kernel_btf
 from kvirt.layout_trace import read_trace_layout
 from kvirt.render.trace_json import trace_document
 from kvirt.trace.counts import since
@@ -39,24 +38,6 @@ FUNCTIONS = {
 }
 
 
-# Debian's 7.3 looks at pages picked at random, for statistics: that walks, too.
-DAMON_STAT = Path("/sys/module/damon_stat/parameters/enabled")
-
-
-@contextmanager
-def no_damon():
-    """Keep the kernel from walking of its own accord."""
-    if not DAMON_STAT.exists():
-        yield
-        return
-    before = DAMON_STAT.read_text()
-    DAMON_STAT.write_text("N")
-    try:
-        yield
-    finally:
-        DAMON_STAT.write_text(before)
-
-
 def flat(read):
     return {(function, key): n for function, keys in read.items() for key, n in keys.items()}
 
@@ -82,10 +63,10 @@ def take(kprobes, session):
 
 def main():
     remaps = Path(__file__).parent / "remaps.py"
-    layout = read_trace_layout(Btf(Path("/sys/kernel/btf/vmlinux").read_bytes()))
+    layout = read_trace_layout(kernel_btf())
     # The same name to both: kvirt's programs look at the owner of the memory, kprobes at who is running.
     session = Session(Request(comm=Glob.compile(COMM)), layout, load_bcc())
-    with no_damon(), session, Kprobes(COMM, FUNCTIONS) as kprobes:
+    with session, Kprobes(COMM, FUNCTIONS) as kprobes:
         child = subprocess.Popen(
             [sys.executable, str(remaps), *sys.argv[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

@@ -785,7 +785,7 @@ def run(name, number, forecast):
     try:
         next(steps)
         setup = forecast.copy()
-        tell(phase=name, pid=os.getpid(), carve_out=do.carve_out, ready=True)
+        tell(phase=name, pid=os.getpid(), parent=os.getppid(), carve_out=do.carve_out, ready=True)
         wait()
         next(steps, None)
     except Skip as reason:

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.live.remaps import CROWD_PAGES, PHASES, UNFORESEEN
 FORESEEN = [name for name in PHASES if name not in UNFORESEEN]
 
 COUNTING = ["python3", "-m", "tests.live.counting"]
+REMAPS = ["python3", "-m", "tests.live.remaps"]
 # How many mappings or pages a phase has.
 NUMBER = "7"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "counts.md"
@@ -213,3 +215,70 @@ def test_page_about_it(request, phases73, phases_legacy):
     if request.config.getoption("--write-docs"):
         PAGE.write_text(generated)
     assert PAGE.read_text() == generated, "docs/counts.md is not what this run gives: use --write-docs"
+
+
+@pytest.fixture(scope="module", params=["guest73", "legacy_guest"])
+def guest(request):
+    return request.getfixturevalue(request.param)
+
+
+def added(documents):
+    """The sum of documents of one kind, member by member."""
+    first = documents[0]
+    if isinstance(first, dict):
+        members = dict.fromkeys(name for document in documents for name in document)
+        return {name: added([one[name] for one in documents if name in one]) for name in members}
+    # Unknown in one is unknown.
+    return None if None in documents else sum(documents)
+
+
+def test_command_from_start_to_end(guest):
+    chosen = ["copy-homecoming", "copy-forked-child", "copy-self-merged", "copy-crowd", "split-shared"]
+    chosen += ["split-failed", "rmap-displaced-chain", "rmap-mixed", "rmap-file", "page-out-displaced"]
+    command = ["kvirt", "trace", "--format", "json", "--", *REMAPS, NUMBER, *chosen]
+    with quiet(guest):
+        done = guest.run(command, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    (document,) = (line for line in lines if line.get("schema") == "kvirt.trace/1")
+    jsonschema.validate(document, schema("kvirt.trace/1"))
+    done = [line for line in lines if "counts" in line]
+    assert [line["phase"] for line in done] == chosen
+    # What they prepare with is known too.
+    forecast = added([line[part] for line in done for part in ("setup", "counts")])
+    assert document["lost"] == {}
+    check_rmap(document["rmap"], forecast["rmap"])
+    check_copy_vma(document["copy_vma"], forecast["copy_vma"])
+    # The interpreter is loaded in between, and its mappings are split.
+    split_vma = document["split_vma"]
+    for kind in ("noncow", "failed", "errors"):
+        assert split_vma[kind] == forecast["split_vma"][kind]
+    for kind in ("hit", "fallback"):
+        assert split_vma[kind] >= forecast["split_vma"].get(kind, 0)
+    assert all(one["bad"] == 0 for one in document["assertions"].values())
+
+
+def test_process_by_its_pid(guest):
+    """Only the VMAs of this process count, whoever walks: here its child, which has displaced its copy."""
+    remaps = guest.popen([*REMAPS, NUMBER, "rmap-mixed"])
+    ready = json.loads(remaps.readline(PATIENCE))
+    with quiet(guest):
+        trace = guest.popen(["kvirt", "trace", "rmap", "-p", str(ready["parent"]), "1", "--format", "json"])
+        documents = [json.loads(trace.readline(PATIENCE))]
+        remaps.write(b"\n")
+        forecast = json.loads(remaps.readline(PATIENCE))["counts"]["rmap"]
+        # The interval in which it was done, and one after that.
+        documents += [json.loads(trace.readline(PATIENCE)) for _ in range(2)]
+        trace.signal(signal.SIGINT)
+        assert trace.wait(PATIENCE) == 0, trace.stderr_text()
+    remaps.close_stdin()
+    assert remaps.wait(PATIENCE) == 0
+    assert all(document["copy_vma"] is document["split_vma"] is None for document in documents)
+    callbacks = {name: {"hit": steps["hit"]} for name, steps in forecast["callbacks"].items() if steps["hit"]}
+    own = {
+        "walks": {"all_hit": forecast["walks"]["mixed"]},
+        "steps": {"hit": forecast["steps"]["hit"]},
+        "callbacks": callbacks,
+        "vmas": {"1": forecast["vmas"]["2"]},
+    }
+    check_rmap(added([document["rmap"] for document in documents]), own)

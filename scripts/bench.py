@@ -84,7 +84,7 @@ def time_to_first(guest, argv):
 def start_up(guest, rounds, report):
     """From start to first count, beside the same probes written with kernel headers."""
     ways = {
-        "kvirt trace": ["kvirt", "trace", "--format", "json", "-d", "0.01"],
+        "kvirt trace": ["kvirt", "trace", "--format", "json", "0.1", "1"],
         "with kernel headers": [*PYTHON, "kvirt.lab.bench.headers"],
     }
     seconds = {name: [] for name in ways}

@@ -6,25 +6,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-import tabulate
-from tabulate import DataRow, Line, TableFormat
-
 # In a pipe there is no terminal to ask.
 WIDTH = 100
 # Narrower than this a table of VMAs cannot be.
 WIDTH_MIN = 80
-
-# One blank between columns: two would not leave room for names.
-_FORMAT = TableFormat(
-    lineabove=None,
-    linebelowheader=Line("", "-", " ", ""),
-    linebetweenrows=None,
-    linebelow=None,
-    headerrow=DataRow("", " ", ""),
-    datarow=DataRow("", " ", ""),
-    padding=0,
-    with_header_hide=None,
-)
 
 
 def plural(number: int, noun: str) -> str:
@@ -56,6 +41,20 @@ def columns(table: Sequence[Sequence[str]], headers: Sequence[str], align: Seque
 
     :param align: "left" or "right" of each column
     """
+    # Imported here, because it takes longer than all else, and a document has no tables.
+    import tabulate
+
+    # One blank between columns: two would not leave room for names.
+    style = tabulate.TableFormat(
+        lineabove=None,
+        linebelowheader=tabulate.Line("", "-", " ", ""),
+        linebetweenrows=None,
+        linebelow=None,
+        headerrow=tabulate.DataRow("", " ", ""),
+        datarow=tabulate.DataRow("", " ", ""),
+        padding=0,
+        with_header_hide=None,
+    )
     # Headers get no extra width beyond their text.
     tabulate.MIN_PADDING = 0
-    return tabulate.tabulate(table, headers, tablefmt=_FORMAT, colalign=align, disable_numparse=True)
+    return tabulate.tabulate(table, headers, tablefmt=style, colalign=align, disable_numparse=True)

@@ -219,6 +219,8 @@ class Session:
     def poll(self, seconds: float) -> list[Violation]:
         """Wait for violations up to that long, and return those that came."""
         self._bpf.ring_buffer_poll(int(seconds * 1000))
+        # While the programs still run that know the names.
+        self._displacers()
         new = self._violations[self._told :]
         self._told = len(self._violations)
         return new

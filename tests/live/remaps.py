@@ -95,7 +95,7 @@ class Forecast:
         return region.kind in COW and not region.shared
 
     def copied(self, source, result, how="new", whole=None):
-        """Copy_vma(): ``result`` is the moved part, ``whole`` the VMA that it has become part of."""
+        """What copy_vma() made: ``result`` is the moved part, ``whole`` the VMA that it is a part of now."""
         self.count("copy_vma", "results", how)
         self.count("assertions", "COPY-AP")
         if not self.is_cow(result):

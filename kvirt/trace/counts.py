@@ -256,10 +256,11 @@ def _assertion_since(
 def _processes_since(
     earlier: Sequence[ProcessCounts], later: Sequence[ProcessCounts]
 ) -> tuple[ProcessCounts, ...]:
-    before = {(one.pid, one.comm): one for one in earlier}
+    # By the PID alone, as the programs count: exec gives a process another name.
+    before = {one.pid: one for one in earlier}
     out = []
     for one in later:
-        if (old := before.get((one.pid, one.comm))) is not None:
+        if (old := before.get(one.pid)) is not None:
             one = replace(
                 one,
                 rmap=_tally_since(old.rmap, one.rmap),

@@ -79,8 +79,8 @@ def test_processes_are_ranked_anew():
     earlier = counts(1, 1, processes=(process(3, 100), process(2, 10, 5), process(4, 4)))
     later = counts(2, 1, processes=(process(3, 101), process(2, 40, 5), process(5, 9), process(4, 4)))
     assert since(earlier, later).processes == (process(2, 30), process(5, 9), process(3, 1))
-    # A PID that is another process's by now.
-    later = replace(later, processes=(process(3, 2, comm="bar"),))
+    # What a process counted before exec is not counted again under its new name.
+    later = replace(later, processes=(process(3, 102, comm="bar"),))
     assert since(earlier, later).processes == (process(3, 2, comm="bar"),)
 
 

@@ -203,7 +203,8 @@ def summary(counts: Counts, about: str, asked: Sequence[str], top: int) -> str:
     :param asked: of :data:`SECTIONS`
     :param top: how many processes and places to name
     """
-    lines = [answer(counts, asked), f"{about}; {counts.seconds:.1f} s", ""]
+    width = terminal_width()
+    lines = [answer(counts, asked), wrap(f"{about}; {counts.seconds:.1f} s", width, "  "), ""]
     text: list[str] = []
     if counts.rmap is not None:
         text += _rmap(counts.rmap)
@@ -214,7 +215,6 @@ def summary(counts: Counts, about: str, asked: Sequence[str], top: int) -> str:
         text += ["", _processes(counts, asked, top)]
     if counts.displacers:
         text += ["", *(_displacer(one) for one in counts.displacers[:top])]
-    width = terminal_width()
     # Tables have their own width, and more than one line.
     lines += [line if "\n" in line else wrap(line, width, "  ") for line in text]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip()

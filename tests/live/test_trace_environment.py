@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`kvirt trace` in a running guest: what it says where it cannot run, whose events it counts, and that it
+leaves nothing attached, however it ends.
+"""
+
+import json
+import re
+import signal
+import time
+from collections import Counter
+
+import jsonschema
+import pytest
+
+from kvirt.lab.guest import Guest
+from kvirt.lab.kernels import get_kernel
+from kvirt.render.json import schema
+
+# A guest without KVM on a busy host.
+PATIENCE = 120
+# Seconds for the probes of a killed tracer to be gone. The kernel takes them away one after another, and
+# waits each time until no processor runs them: a tenth of a second here, and there are two dozen.
+ONE_WORD, ALL_WORDS = 1, 6
+MOVES = 3
+MOVER = "/kvirt/tests/live/mover.py"
+KPROBES = "/sys/kernel/debug/kprobes"
+# Programs come last: bpftool itself takes a second to start in an emulated guest.
+LOOK = f"""
+sort {KPROBES}/list
+bpftool -j prog show | tr , '\\n' | grep '"id"' | sort
+"""
+
+
+def attached(guest):
+    """Probes and programs that the kernel has."""
+    return guest.run(["sh", "-c", LOOK], timeout=PATIENCE, check=True).stdout
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(guest73):
+    """Whatever a test does, the kernel has the same programs and probes behind it."""
+    before = attached(guest73)
+    assert "copy_vma" not in before
+    yield
+    assert attached(guest73) == before
+
+
+UNSHARED = ["unshare", "-m", "sh", "-ec"]
+NOT_ROOT = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "kvirt", "trace"]
+UNRELATED = """
+mkdir -p /tmp/unrelated/bcc
+echo 'version = "0.1"' >/tmp/unrelated/bcc/__init__.py
+PYTHONPATH=/tmp/unrelated:$PYTHONPATH exec kvirt trace
+"""
+# A virtual environment has nothing of the distribution's.
+NO_BCC = """
+mkdir -p /tmp/venv/bin
+ln -sf /usr/bin/python3 /tmp/venv/bin/python3
+printf 'home = /usr/bin\\ninclude-system-site-packages = false\\n' >/tmp/venv/pyvenv.cfg
+click=$(python3 -c 'import click, pathlib; print(pathlib.Path(click.__file__).parents[1])')
+PYTHONPATH=$PYTHONPATH:$click exec /tmp/venv/bin/python3 -m kvirt trace
+"""
+NO_HEADERS = """
+for name in build source; do mount -t tmpfs none /lib/modules/$(uname -r)/$name; done
+exec kvirt trace
+"""
+NO_BTF = """
+: >/tmp/empty
+mount --bind /tmp/empty /sys/kernel/btf/vmlinux
+exec kvirt trace
+"""
+NO_KPROBES = f"""
+trap 'echo 1 >{KPROBES}/enabled' EXIT
+echo 0 >{KPROBES}/enabled
+kvirt trace
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        pytest.param(NOT_ROOT, "needs root: run kvirt again with sudo", id="not-root"),
+        pytest.param(["sh", "-ec", UNRELATED], "an unrelated package", id="unrelated-bcc"),
+        pytest.param(["sh", "-ec", NO_BCC], "needs bcc, which is not installed", id="no-bcc"),
+        pytest.param([*UNSHARED, NO_HEADERS], "There are no kernel headers in", id="no-headers"),
+        pytest.param([*UNSHARED, NO_BTF], "BTF", id="no-btf"),
+        pytest.param(["sh", "-ec", NO_KPROBES], "Kprobes are turned off", id="no-kprobes"),
+        pytest.param(["kvirt", "trace", "-p", "4194304"], "no process with PID 4194304", id="no-pid"),
+        pytest.param(["kvirt", "trace", "--cgroup", "no/such"], "no cgroup no/such in", id="no-cgroup"),
+    ],
+)
+def test_one_sentence(guest73, argv, words):
+    done = guest73.run(argv, timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert re.fullmatch(r"kvirt: [^\n]+\.\n", done.stderr), done.stderr
+    assert words in done.stderr
+
+
+@pytest.fixture
+def start(guest73):
+    """Start a command, which is killed at the end of the test if it still runs; wait for its first line."""
+    processes = []
+
+    def one(*argv):
+        processes.append(guest73.popen(argv))
+        assert processes[-1].readline(PATIENCE), processes[-1].stderr_text()
+        return processes[-1]
+
+    yield one
+    for process in processes:
+        process.signal()
+
+
+def move(*movers):
+    for mover in movers:
+        mover.write(b"\n")
+        assert mover.wait(PATIENCE) == 0, mover.stderr_text()
+
+
+def test_filter_by_name_until_ctrl_c(guest73, start):
+    wanted = start("python3", MOVER, "trace-wanted", str(MOVES))
+    other = start("python3", MOVER, "traced-not", str(MOVES + 1))
+    # The header of the first interval: all is attached.
+    tracer = start("kvirt", "trace", "copy-vma", "--comm", "trace-?[a-z]*d", "0.5")
+    assert "copy_vma" in attached(guest73)
+    move(wanted, other)
+    tracer.signal(signal.SIGINT)
+    assert tracer.wait(PATIENCE) == 0
+    assert tracer.stderr_text() == ""
+    lines, summary = tracer.stdout_text().split("\n\n", 1)
+    columns = lines.splitlines()[1].split()
+    rows = [row.split() for row in lines.splitlines()[2:] if "time" not in row and "-" not in row]
+    for name in ("hit", "fallb"):
+        assert sum(int(row[columns.index(name)]) for row in rows) == MOVES
+    assert f"copy_vma 50.0% hits in {2 * MOVES} calls" in " ".join(summary.split())
+    assert f"{MOVES} faulted_displaced_exclusive" in summary
+    (ranked,) = [line.split() for line in summary.splitlines() if "trace-wanted" in line]
+    assert ranked == [str(wanted.pid), "trace-wanted", str(MOVES), str(MOVES)]
+    assert "traced-not" not in summary
+
+
+def test_filter_by_cgroup_until_sigterm(guest73, start):
+    group = "/sys/fs/cgroup/kvirt-traced"
+    guest73.run(["mkdir", "-p", f"{group}/below"], check=True)
+    wanted = start("python3", MOVER, "inside", str(MOVES))
+    other = start("python3", MOVER, "outside", str(MOVES + 1))
+    guest73.run(["sh", "-c", f"echo {wanted.pid} >{group}/below/cgroup.procs"], check=True)
+    tracer = start("kvirt", "trace", "copy-vma", "--cgroup", "kvirt-traced", "--format", "json", "0.5")
+    move(wanted, other)
+    tracer.signal(signal.SIGTERM)
+    assert tracer.wait(PATIENCE) == 0
+    assert tracer.stderr_text() == ""
+    calls, pids = Counter(), set()
+    for line in tracer.stdout_text().splitlines():
+        document = json.loads(line)
+        jsonschema.validate(document, schema("kvirt.trace/1"))
+        calls.update({name: document["copy_vma"][name] for name in ("hit", "fallback", "noncow", "failed")})
+        pids |= {process["pid"] for process in document["processes"]}
+    assert calls == {"hit": MOVES, "fallback": MOVES, "noncow": 0, "failed": 0}
+    assert pids == {wanted.pid}
+    guest73.run(["rmdir", f"{group}/below", group], check=True)
+
+
+def test_a_command_and_its_children(guest73):
+    script = f"(echo | python3 {MOVER} child {MOVES} >/dev/null) & wait; exit 7"
+    argv = ["kvirt", "trace", "copy-vma", "--format", "json", "--", "sh", "-c", script]
+    done = guest73.run(argv, timeout=PATIENCE)
+    assert done.returncode == 7, done.stderr
+    assert done.stderr == ""
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, schema("kvirt.trace/1"))
+    assert document["rmap"] is None and document["split_vma"] is None
+    assert document["copy_vma"]["reasons"]["faulted_displaced_exclusive"] == MOVES
+    assert document["copy_vma"]["reasons"]["faulted_homecoming"] == MOVES
+    (child,) = [process for process in document["processes"] if process["comm"] == "child"]
+    assert child["copy_vma"]["fallback"] == MOVES
+
+
+def test_screen(guest73):
+    rows, columns = 20, 80
+    tracer = guest73.popen(["kvirt", "trace", "0.5"], tty=True)
+    tracer.resize(rows, columns)
+    deadline = time.monotonic() + PATIENCE
+    clear = "\x1b[2J"
+    while tracer.stdout_text().count(clear) < 4:
+        assert time.monotonic() < deadline, tracer.stdout_text()
+        time.sleep(0.1)
+    assert "copy_vma" in attached(guest73)
+    tracer.write(b"\x03")
+    assert tracer.wait(PATIENCE) == 0
+    before, *screens, end = tracer.stdout_text().replace("\r\n", "\n").split(clear)
+    assert "compiling" in before
+    for screen in screens:
+        # The terminal's echo of Ctrl-C stands behind the last.
+        lines = screen.removesuffix("^C").removeprefix("\x1b[1;1H").splitlines()
+        assert len(lines) < rows
+        assert max(map(len, lines)) <= columns
+        assert any(line.startswith("last 0.") for line in lines), screen
+    assert "rmap walks:" in end and "assertions: COPY-AP" in end and "last 0." not in end
+
+
+@pytest.mark.parametrize(("words", "seconds"), [(["copy-vma"], ONE_WORD), (["--stacks"], ALL_WORDS)])
+def test_killed(guest73, start, words, seconds):
+    before = attached(guest73)
+    tracer = start("kvirt", "trace", *words, "0.5")
+    assert "copy_vma" in attached(guest73)
+    look = f"kill -9 {tracer.pid}; sleep {seconds}; {LOOK}"
+    assert guest73.run(["sh", "-c", look], timeout=PATIENCE, check=True).stdout == before
+    assert tracer.wait(PATIENCE) == 128 + signal.SIGKILL
+
+
+def test_lockdown():
+    """It cannot be taken back: in a guest of its own."""
+    lock = """
+        mount -t securityfs none /sys/kernel/security
+        echo confidentiality >/sys/kernel/security/lockdown
+        kvirt trace
+    """
+    with Guest(get_kernel("7.3"), timeout=PATIENCE) as guest:
+        done = guest.run(["sh", "-ec", lock], timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert re.fullmatch(r"kvirt: The kernel is locked down[^\n]+\.\n", done.stderr), done.stderr

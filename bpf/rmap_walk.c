@@ -54,6 +54,7 @@ static __always_inline int begin(u32 flags, u64 rwc)
 	struct walk *before = walks.lookup(&id);
 	u32 *callback = callbacks.lookup(&rmap_one);
 	struct walk walk = {};
+	u64 none = 0, *n;
 
 	if (!all)
 		return 0;
@@ -62,7 +63,11 @@ static __always_inline int begin(u32 flags, u64 rwc)
 		finish(all, before);
 	if (!callback) {
 		walks.delete(&id);
-		unprobed.increment(rmap_one);
+		n = unprobed.lookup_or_try_init(&rmap_one, &none);
+		if (n)
+			lock_xadd(n, 1);
+		else
+			count(all, KV_LOST_WALKS);
 		return 0;
 	}
 	walk.flags = flags;

@@ -41,6 +41,7 @@ int leave_split_vma(struct registers *ctx)
 	u64 id = bpf_get_current_pid_tgid();
 	struct split *split = splits.lookup(&id);
 	int error = RETURNED(ctx);
+	u64 none = 0, *n;
 	bool hit;
 
 	if (!all)
@@ -49,7 +50,9 @@ int leave_split_vma(struct registers *ctx)
 		return 0;
 	if (error) {
 		count(all, KV_SPLIT_FAILED);
-		split_errors.increment(error);
+		n = split_errors.lookup_or_try_init(&error, &none);
+		if (n)
+			lock_xadd(n, 1);
 	} else {
 		count(all, split->kind);
 		hit = split->kind == KV_SPLIT_HIT;

@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -20,7 +22,7 @@ import click
 
 from kvirt.cli import TargetOptions
 from kvirt.cli.basics import busy, format_option
-from kvirt.errors import printable
+from kvirt.errors import KvirtError, printable
 from kvirt.trace import environment
 from kvirt.trace.command import CannotRun, Command
 from kvirt.trace.counts import Counts, Violation, since
@@ -152,6 +154,7 @@ class Signals:
     def __init__(self) -> None:
         self.ended = False
         self.counting = False
+        self._asked = False
         self.command: Command | None = None
 
     def __enter__(self) -> Signals:
@@ -172,11 +175,37 @@ class Signals:
             # Only the first: the next might come while what is attached is detached.
             self.ended = True
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        if self.command is None:
+        if self.command is None or (number == signal.SIGTERM and self._asked):
             self.ended = True
         elif number == signal.SIGTERM:
-            # Ctrl-C went to the command too.
+            # Ctrl-C went to the command too. It may not want to end: who asks twice does not wait for it.
+            self._asked = True
             self.command.signal(number)
+
+
+class Exit:
+    """Knows whether a process has exited; another one that gets its PID is not taken for it."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise KvirtError(f"PID {pid} has exited before anything was counted: name another.") from None
+
+    def __enter__(self) -> Exit:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
+
+    def __call__(self) -> bool:
+        """Whether it has."""
+        return bool(select.select([self._fd], [], [], 0)[0])
 
 
 class Printer:
@@ -256,8 +285,13 @@ def _say(sentences: list[str]) -> None:
         click.echo(f"kvirt: {printable(sentence)}", err=True)
 
 
-def _count(session: Session, printer: Printer, plan: Plan, signals: Signals) -> Counts:
-    """Count until the plan or somebody says that it is enough; return the totals."""
+def _count(
+    session: Session, printer: Printer, plan: Plan, signals: Signals, gone: Callable[[], bool] | None
+) -> Counts:
+    """Count until the plan or somebody says that it is enough; return the totals.
+
+    :param gone: whether the only process that is traced has exited
+    """
     began = time.monotonic()
     printed = session.counts()
     printer.begin(printed)
@@ -267,7 +301,11 @@ def _count(session: Session, printer: Printer, plan: Plan, signals: Signals) -> 
         over = plan.seconds is not None and now >= plan.seconds
         if signals.command is not None:
             over = signals.command.status() is not None
+        if gone is not None and gone():
+            over = True
         due = plan.interval is not None and now >= (intervals + 1) * plan.interval
+        if over or signals.ended:
+            session.stop()
         if due or over or signals.ended:
             total = session.counts()
             printer.violations(session.poll(0))
@@ -276,8 +314,11 @@ def _count(session: Session, printer: Printer, plan: Plan, signals: Signals) -> 
                 intervals += 1
                 printer.interval(total, since(printed, total))
                 printed = total
-            if over or signals.ended or intervals == plan.count:
+            if over or signals.ended:
                 return total
+            if intervals == plan.count:
+                session.stop()
+                return session.counts()
         ends = [now + SLICE]
         if plan.interval is not None:
             ends.append((intervals + 1) * plan.interval)
@@ -395,11 +436,16 @@ def command(
             except CannotRun as error:
                 _say([str(error)])
                 ctx.exit(error.status)
-        total = _count(session, printer, plan, signals)
+        gone = None if pid is None else stack.enter_context(Exit(pid))
+        total = _count(session, printer, plan, signals, gone)
+        doubts = environment.switched_off()
+        if gone is not None and gone():
+            _say([f"PID {pid} has exited: this is all that there was of it."])
         status = None if signals.command is None else signals.command.status()
     printer.end(total)
+    _say(doubts)
     if status is None or total.bad:
-        status = _status(total)
+        status = _status(total) or (3 if doubts else 0)
     ctx.exit(status)
 
 

@@ -164,7 +164,7 @@ def _processes(counts: Counts, asked: Sequence[str], top: int) -> str:
         align += ["right", "right"]
     rows = [
         [
-            str(one.pid),
+            NA if one.pid is None else str(one.pid),
             printable(one.comm),
             *(_number(getattr(one, name)[member]) for name in asked for member in ("hit", "fallback")),
         ]
@@ -188,7 +188,7 @@ def violation(one: Violation) -> str:
     frames = " < ".join(printable(frame) for frame in one.stack) or "unknown"
     return "\n".join(
         [
-            f"VIOLATION {one.id} in PID {one.pid} ({printable(one.comm)}), thread {one.tid}",
+            f"VIOLATION {one.id} in PID {one.pid or NA} ({printable(one.comm)}), seen by thread {one.tid}",
             f"    in the VMA {one.start:x}-{one.end:x} at {one.address:#x}",
             f"    expected {one.expected:#x}, found {one.actual:#x}",
             "    " + wrap(frames, terminal_width() - 4, "    "),
@@ -281,7 +281,8 @@ class Lines:
             return [f"{_plain(hit):>7}", f"{_plain(fallback):>7}", f"{_plain(failed):>6}"]
         # Under a filter the empty ones are unknown: they are left out everywhere.
         kinds = {} if counts.rmap is None else counts.rmap.walks
-        walks = sum(n for kind, n in kinds.items() if n is not None and kind != "empty") if kinds else None
+        known = [n for kind, n in kinds.items() if kind != "empty"]
+        walks = sum(n or 0 for n in known) if known and None not in known else None
         rate = NA if tally is None else share(hit_rate(tally))
         return [f"{_plain(walks):>8}", f"{_plain(hit):>8}", f"{_plain(fallback):>8}", f"{rate:>6}"]
 

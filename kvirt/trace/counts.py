@@ -84,7 +84,8 @@ class SplitVmaCounts:
 class ProcessCounts:
     """What one process had of it: the process that owns the address space of the VMA."""
 
-    pid: int
+    pid: int | None
+    """None for address spaces that nobody owns any more: their last process is exiting."""
     comm: str
     rmap: Tally
     """hit, fallback."""
@@ -119,10 +120,12 @@ class Violation:
 
     id: str
     """One of :data:`ASSERTIONS`."""
-    pid: int
+    pid: int | None
+    """Of the process that owns the VMA, if anybody does."""
     tid: int
+    """Of the thread in which it happened, which may be another process's."""
     comm: str
-    """Of the thread in which it happened."""
+    """Of that process."""
     start: int
     end: int
     """The VMA, in bytes."""
@@ -269,7 +272,7 @@ def _processes_since(
             )
         if any(any(tally.values()) for tally in (one.rmap, one.copy_vma, one.split_vma)):
             out.append(one)
-    return tuple(sorted(out, key=lambda one: (-one.fallbacks, one.pid)))
+    return tuple(sorted(out, key=lambda one: (-one.fallbacks, one.pid or 0)))
 
 
 def _displacers_since(earlier: Sequence[Displacer], later: Sequence[Displacer]) -> tuple[Displacer, ...]:

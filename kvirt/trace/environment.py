@@ -85,13 +85,20 @@ def _check_kprobes(root: Path) -> None:
             "This kernel has no kprobes, and so no function of it can be traced: it needs CONFIG_KPROBES=y "
             "and CONFIG_KPROBE_EVENTS=y."
         )
+    for sentence in switched_off(root):
+        raise KvirtError(sentence)
+
+
+def switched_off(root: Path = Path("/")) -> list[str]:
+    """Return a sentence if probes that are attached are not called, else nothing."""
     # Without debugfs nobody can have turned them off, unless it was unmounted since.
     with suppress(OSError):
         if (root / "sys/kernel/debug/kprobes/enabled").read_text().strip() == "0":
-            raise KvirtError(
+            return [
                 "Kprobes are turned off, and nothing would be counted: turn them on with "
                 "'echo 1 > /sys/kernel/debug/kprobes/enabled'."
-            )
+            ]
+    return []
 
 
 def _check_lockdown(root: Path) -> None:

@@ -18,6 +18,7 @@ from kvirt.trace.filters import Cgroup, Glob
 DIRECTORIES = (Path(__file__).parents[2] / "bpf", Path(sys.prefix) / "share" / "kvirt" / "bpf")
 # 1, 2, up to 4, ... up to 16384 VMAs, and more.
 VMAS_BUCKETS = 16
+NEW_ANONS = ("folio_add_new_anon_rmap", "hugetlb_add_new_anon_rmap")
 RMAP_WALKS = {
     "rmap_walk_anon": ("all_hit", "mixed", "all_fallback", "empty"),
     "rmap_walk_ksm": ("ksm",),
@@ -28,6 +29,8 @@ RMAP_WALKS = {
 other."""
 # Processes that are told apart.
 PROCESSES = 16384
+# Violations of one assertion that each CPU tells the details of.
+VIOLATIONS = 250
 PROCESS_COUNTERS = ("rmap_hit", "rmap_fallback", "copy_hit", "copy_fallback", "split_hit", "split_fallback")
 LOST = {
     "walks": "rmap walks for which there was no room",
@@ -119,6 +122,7 @@ class Indexes:
         yield "KV_COUNTERS", self.size
         yield "KV_PROCESS_COUNTERS", len(PROCESS_COUNTERS)
         yield "KV_PROCESSES", PROCESSES
+        yield "KV_VIOLATIONS", VIOLATIONS
 
 
 def vmas_names() -> tuple[str, ...]:
@@ -161,7 +165,7 @@ def files(request: Request, layout: TraceLayout) -> list[str]:
     names = ["kvirt.h"]
     if request.rmap and any(name in layout.arguments for name in RMAP_WALKS):
         names += ["rmap_walk.c", "rmap_one.c"]
-    if request.rmap and "folio_add_new_anon_rmap" in layout.arguments:
+    if request.rmap and any(name in layout.arguments for name in NEW_ANONS):
         names.append("new_anon_rmap.c")
     if request.copy_vma and "copy_vma" in layout.arguments:
         names.append("copy_vma.c")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from kvirt.trace.counts import (
     Tally,
     Violation,
 )
-from kvirt.trace.program import RMAP_WALKS, Indexes, Request
+from kvirt.trace.program import NEW_ANONS, RMAP_WALKS, Indexes, Request
 from kvirt.trace.symbols import function_addresses
 
 # What bcc itself includes of kernels from 6.19 uses what clang has to be told of.
@@ -45,9 +46,9 @@ CFLAGS = (*DIALECT, *(f"-D{guard}" for guard in _GUARDS), "-g0")
 # Seconds that functions which were entered before the detaching get to return.
 GRACE = 0.1
 ATTACHED = "attached"
+# Seconds between looks for names of places in programs.
+NAMING = 0.3
 FDINFO = Path("/proc/self/fdinfo")
-# Violations that are kept with their details: a kernel that breaks an assertion may do so at every event.
-MAX_VIOLATIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,13 @@ def probes(request: Request, layout: TraceLayout) -> list[Probe]:
     return wanted
 
 
-NEW_ANONS = ("folio_add_new_anon_rmap", "hugetlb_add_new_anon_rmap")
+# By file: the table of what its function has begun, and the words for what is left in it at the end.
+CALLS = {
+    "rmap_walk.c": ("walks", "walks of which the return was not seen"),
+    "new_anon_rmap.c": ("new_anons", "new anonymous folios of which the index was not seen in the end"),
+    "copy_vma.c": ("copies", "calls of copy_vma() of which the return was not seen in the end"),
+    "split_vma.c": ("splits", "calls of __split_vma() of which the return was not seen in the end"),
+}
 # What an assertion is seen by.
 ASSERTED_BY = {
     "COPY-AP": ("copy_vma",),
@@ -154,8 +161,15 @@ def _refusals(what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
+            words = said()
+            # Where securityfs is not mounted, nobody could ask before.
+            if "cannot use helper bpf_probe_read_kernel" in words:
+                raise KvirtError(
+                    "The kernel does not let programs read its memory, being locked down: boot it without "
+                    "lockdown=confidentiality to trace it."
+                ) from error
             raise KvirtError(
-                f"{what} ({error}): report this kernel's version and these lines.\n{said()}"
+                f"{what} ({error}): report this kernel's version and these lines.\n{words}"
             ) from error
 
 
@@ -184,11 +198,14 @@ class Session:
         self._attached: list[Probe] = []
         self._violations: list[Violation] = []
         self._told = 0
-        self._untold = 0
+        self._named = 0.0
+        self._unended: dict[str, int] = {}
+        self._ended: float | None = None
         self._names: dict[tuple[int, int], str] = {}
 
     def __enter__(self) -> Session:
         text = program.text(self._request, self._layout)
+        self._programs = set(re.findall(r"^int (\w+)\(", text, re.MULTILINE))
         defined = program.constants(self._request, self._layout)
         flags = [f"-D{name}={program.literal(value)}" for name, value in defined.items()]
         # The kernel takes its time to write down its symbols, and compiling leaves the interpreter free.
@@ -220,7 +237,9 @@ class Session:
         """Wait for violations up to that long, and return those that came."""
         self._bpf.ring_buffer_poll(int(seconds * 1000))
         # While the programs still run that know the names.
-        self._displacers()
+        if self._request.stacks and time.monotonic() > self._named + NAMING:
+            self._displacers()
+            self._named = time.monotonic()
         new = self._violations[self._told :]
         self._told = len(self._violations)
         return new
@@ -237,9 +256,9 @@ class Session:
         lost = tally(self._indexes.lost)
         untold = lost.pop("violations")
         return Counts(
-            seconds=time.monotonic() - self._began,
+            seconds=(self._ended or time.monotonic()) - self._began,
             probes=self.probes,
-            rmap=self._rmap(tally) if any(map(self._sees, RMAP_WALKS)) else None,
+            rmap=self._rmap(tally) if self._sees_rmap() else None,
             copy_vma=self._copy_vma(tally) if self._sees("copy_vma") else None,
             split_vma=self._split_vma(tally) if self._sees("__split_vma") else None,
             assertions=self._assertions(tally),
@@ -247,8 +266,11 @@ class Session:
             processes=self._processes(),
             displacers=self._displacers(),
             violations=tuple(self._violations),
-            violations_untold=untold + self._untold,
+            violations_untold=untold,
         )
+
+    def _sees_rmap(self) -> bool:
+        return all(any(map(self._sees, names)) for names in (RMAP_WALKS, self._layout.callbacks))
 
     def _sees(self, function: str) -> bool:
         return self.probes.get(function) == ATTACHED
@@ -268,6 +290,8 @@ class Session:
                     if found
                     else "this kernel has no such symbol: it was built without it, or it was inlined."
                 )
+            if why is None and probe.enter not in self._programs:
+                why = "the functions that it belongs to cannot be probed here."
             if why is None:
                 with _refusals("The kernel refuses a program"):
                     for name in filter(None, (probe.enter, probe.leave)):
@@ -278,6 +302,8 @@ class Session:
                 for address in found if probe.function in self._layout.callbacks else ():
                     del callbacks[ctypes.c_uint64(address)]
             state[probe.function] = ATTACHED if why is None else f"absent: {why}"
+        if self._request.rmap and "callbacks" in self._layout.missing:
+            state["rmap_one"] = f"absent: {self._layout.missing['callbacks']}"
         self.probes = state
         if self._request.comm is not None:
             for byte, mask in enumerate(self._request.comm.masks):
@@ -312,7 +338,9 @@ class Session:
         with suppress(Exception):
             detach(function, program)
 
-    def _detach(self) -> None:
+    def stop(self) -> None:
+        """Detach the probes. What was counted stays to be read, and what has begun and not ended is known."""
+        self._ended = self._ended or time.monotonic()
         # Entries first: those who were seen to enter get the time to be seen to leave.
         for probe in self._attached:
             self._let_go(self._bpf.detach_kprobe, probe.function, probe.enter)
@@ -321,7 +349,16 @@ class Session:
         for probe in self._attached:
             if probe.leave is not None:
                 self._let_go(self._bpf.detach_kretprobe, probe.function, probe.leave)
+        if self._attached:
+            self._unended = {what: len(self._bpf[table]) for table, what in self._calls().items()}
         self._attached.clear()
+
+    def _calls(self) -> dict[str, str]:
+        """Tables of what has begun and not ended, and the words for it."""
+        return {table: what for file, (table, what) in CALLS.items() if file in self._files}
+
+    def _detach(self) -> None:
+        self.stop()
         self._bpf.cleanup()
 
     def _cells(self) -> list[int]:
@@ -389,8 +426,8 @@ class Session:
                 return {step: n[f"{kind}_{step}"] for step in ("hit", "fallback")}
 
             comm = one.comm.decode(errors="replace")
-            found.append(ProcessCounts(pid.value, comm, of("rmap"), of("copy"), of("split")))
-        return tuple(sorted(found, key=lambda process: (-process.fallbacks, process.pid)))
+            found.append(ProcessCounts(pid.value or None, comm, of("rmap"), of("copy"), of("split")))
+        return tuple(sorted(found, key=lambda process: (-process.fallbacks, process.pid or 0)))
 
     def _displacers(self) -> tuple[Displacer, ...]:
         if not (self._request.stacks and self._sees("copy_vma")):
@@ -425,14 +462,11 @@ class Session:
         return self._names[pid, address]
 
     def _violated(self, ctx: object, data: int, size: int) -> None:
-        if len(self._violations) == MAX_VIOLATIONS:
-            self._untold += 1
-            return
         told = ctypes.cast(data, ctypes.POINTER(_Violation)).contents
         self._violations.append(
             Violation(
                 counts.ASSERTIONS[told.assertion],
-                told.tgid,
+                told.tgid or None,
                 told.tid,
                 told.comm.decode(errors="replace"),
                 told.start,
@@ -449,6 +483,7 @@ class Session:
         lost = {
             f"walks that call {name}(), which has no probe": n for name, n in self._unprobed().items() if n
         }
+        lost |= {what: n for what, n in self._unended.items() if n}
         missed = 0
         for function in self._bpf.funcs.values():
             for line in (FDINFO / str(function.fd)).read_text().splitlines():

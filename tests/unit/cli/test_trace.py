@@ -52,6 +52,9 @@ def machine(monkeypatch):
             time.sleep(min(seconds, 0.01))
             return []
 
+        def stop(self):
+            pass
+
         def counts(self):
             return replace(Machine.counts, seconds=time.monotonic() - self.began)
 

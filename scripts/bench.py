@@ -113,10 +113,10 @@ def start_up(guest, rounds, report):
 def measure(guest, kind, tracer, rounds):
     """Nanoseconds an event takes, some rounds, under a tracer."""
     tracing = guest.popen([*PYTHON, "kvirt.lab.bench.tracers", tracer, kind])
-    if tracing.readline(PATIENCE) != "ready":
+    if tracing.readline(PATIENCE).strip() != "ready":
         raise GuestError(f"The tracer {tracer} did not start.", tracing.stderr_text())
     events = guest.popen([*PYTHON, "kvirt.lab.bench.events", kind, str(EVENTS[kind])])
-    if events.readline(PATIENCE) != "ready":
+    if events.readline(PATIENCE).strip() != "ready":
         raise GuestError(f"The events {kind} did not start.", events.stderr_text())
     seen = []
     for _ in range(rounds):

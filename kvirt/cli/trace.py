@@ -309,8 +309,8 @@ def _count(
         if due or over or signals.ended:
             total = session.counts()
             printer.violations(session.poll(0))
-            # The rest of an interval is none of its own, but a document's reader has no other totals.
-            if due or (plan.json and plan.interval is not None):
+            # The rest of an interval too: what was printed adds up to everything.
+            if due or (plan.interval is not None and not plan.screens):
                 intervals += 1
                 printer.interval(total, since(printed, total))
                 printed = total

@@ -97,7 +97,8 @@ class Forecast:
     def copied(self, source, result, how="new", whole=None):
         """What copy_vma() made: ``result`` is the moved part, ``whole`` the VMA that it is a part of now."""
         self.count("copy_vma", "results", how)
-        self.count("assertions", "COPY-AP")
+        if self.legacy or self.is_cow(result):
+            self.count("assertions", "COPY-AP")
         if not self.is_cow(result):
             self.count("copy_vma", "noncow")
             return

@@ -328,10 +328,11 @@ def _count(
 
 
 def _status(total: Counts) -> int:
+    from kvirt.render.trace import absent
+
     if total.bad:
         return 1
-    unseen = any(state.startswith("absent") for state in total.probes.values())
-    return 3 if unseen or total.lost else 0
+    return 3 if absent(total) or total.lost else 0
 
 
 EPILOG = """\b

@@ -255,14 +255,15 @@ class Session:
 
         lost = tally(self._indexes.lost)
         untold = lost.pop("violations")
+        unprobed = self._unprobed()
         return Counts(
             seconds=(self._ended or time.monotonic()) - self._began,
             probes=self.probes,
-            rmap=self._rmap(tally) if self._sees_rmap() else None,
+            rmap=self._rmap(tally, unprobed) if self._sees_rmap() else None,
             copy_vma=self._copy_vma(tally) if self._sees("copy_vma") else None,
             split_vma=self._split_vma(tally) if self._sees("__split_vma") else None,
             assertions=self._assertions(tally),
-            lost={program.LOST[name]: n for name, n in lost.items() if n} | self._missed(),
+            lost={program.LOST[name]: n for name, n in lost.items() if n} | self._missed(unprobed),
             processes=self._processes(),
             displacers=self._displacers(),
             violations=tuple(self._violations),
@@ -366,7 +367,9 @@ class Session:
         rows = [tuple(one.n) for one in self._bpf["counts"][ctypes.c_int(0)]]
         return [sum(column) for column in zip(*rows, strict=True)]
 
-    def _rmap(self, tally: Callable[[Mapping[str, int]], dict[str, int]]) -> RmapCounts:
+    def _rmap(
+        self, tally: Callable[[Mapping[str, int]], dict[str, int]], unprobed: Mapping[str, int]
+    ) -> RmapCounts:
         indexes = self._indexes
         told = {name for function, names in RMAP_WALKS.items() if self._sees(function) for name in names}
         if self._request.filtered:
@@ -378,7 +381,7 @@ class Session:
             callbacks[name] = tally(cells) if self._sees(name) else None
             for step, n in (callbacks[name] or {}).items():
                 steps[step] += n
-        callbacks |= dict.fromkeys(self._unprobed())
+        callbacks |= dict.fromkeys(unprobed)
         return RmapCounts(
             walks=walks,
             steps=steps,
@@ -478,11 +481,9 @@ class Session:
             )
         )
 
-    def _missed(self) -> dict[str, int]:
+    def _missed(self, unprobed: Mapping[str, int]) -> dict[str, int]:
         """Return what the programs were not even called for, and walks that called what has no probe."""
-        lost = {
-            f"walks that call {name}(), which has no probe": n for name, n in self._unprobed().items() if n
-        }
+        lost = {f"walks that call {name}(), which has no probe": n for name, n in unprobed.items() if n}
         lost |= {what: n for what, n in self._unended.items() if n}
         missed = 0
         for function in self._bpf.funcs.values():

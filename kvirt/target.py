@@ -9,13 +9,13 @@ import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import drgn
 
+from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
 
 # drgn reports what it looked for and missed through this logger. What matters of it is said by the
@@ -62,35 +62,13 @@ def _check_elf_core(path: Path) -> None:
 
     drgn opens such a core, and every read behind the end fails in a different place.
     """
-    with path.open("rb") as file:
-        header = file.read(64)
-        if len(header) < 64 or header[:4] != b"\x7fELF" or header[4] != 2:
-            return
-        order = "<" if header[5] == 1 else ">"
-        (phoff,) = struct.unpack_from(order + "Q", header, 32)
-        phentsize, phnum = struct.unpack_from(order + "HH", header, 54)
-        size = path.stat().st_size
-        file.seek(phoff)
-        table = file.read(phentsize * phnum)
-    if len(table) < phentsize * phnum:
-        needed = phoff + phentsize * phnum
-    else:
-        needed = max(
-            (
-                offset + filesz
-                for offset, filesz in (
-                    (
-                        struct.unpack_from(order + "Q", table, i * phentsize + 8)[0],
-                        struct.unpack_from(order + "Q", table, i * phentsize + 32)[0],
-                    )
-                    for i in range(phnum)
-                )
-            ),
-            default=0,
-        )
-    if needed > size:
+    core = read_elf_core(path)
+    if core is None:
+        return
+    size = path.stat().st_size
+    if core.needed > size:
         raise KvirtError(
-            f"{path} is truncated: it should have {needed} bytes and has {size}; copy the dump again, "
+            f"{path} is truncated: it should have {core.needed} bytes and has {size}; copy the dump again, "
             "or take a new one with enough disk space."
         )
 

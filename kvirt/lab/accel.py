@@ -25,8 +25,9 @@ def arguments(name: str) -> list[str]:
     if name == "kvm":
         return ["-accel", "kvm", "-cpu", "host"]
     # QEMU 7.2 emulates two things wrongly: cmpxchg16b, on which the kernel's allocator relies where it is
-    # offered, and some of AVX2, by which numpy sorts.
-    return ["-accel", "tcg,thread=multi", "-cpu", "max,cx16=off,avx=off"]
+    # offered, and some of AVX2, by which numpy sorts. And where rep stosb is said to be fast, the kernel
+    # clears pages with it, which is emulated a byte at a time.
+    return ["-accel", "tcg,thread=multi", "-cpu", "max,cx16=off,avx=off,erms=off"]
 
 
 def accelerator(image: Path, report: Report) -> str:

@@ -14,6 +14,7 @@ import click
 from tabulate import tabulate
 
 from kvirt.errors import KvirtError
+from kvirt.lab.bench.dumps import measure_pages
 from kvirt.lab.guest import Guest, GuestError
 from kvirt.lab.kernels import get_kernel
 from kvirt.lab.progress import TerminalReport, step
@@ -27,6 +28,7 @@ TRACERS = ("bare", "empty", "kvirt", "bpftrace")
 STARTS = 3
 EVENTS = {"copy-vma": 2000, "split-vma": 500, "rmap": 2000, "fault": 4000}
 PYTHON = ["python3", "-m"]
+PARTS = ("pages", "hits", "start", "overhead")
 
 
 def show(title, rows, headers):
@@ -164,25 +166,35 @@ def ratio(one, other):
     return f"{one / other:.2f}" if other > 0 and one > 0 else "noise"
 
 
+def trace(guest, parts, rounds, report, document):
+    """The parts about tracing."""
+    if "hits" in parts:
+        with Guest(get_kernel(LEGACY, report), timeout=LIFETIME, report=report) as legacy:
+            document["hits"] = hit_rates({LEGACY: legacy, MODERN: guest}, report)
+    if "start" in parts:
+        document["start"] = start_up(guest, STARTS, report)
+    if "overhead" in parts:
+        document["overhead"] = overhead(guest, rounds, report)
+
+
 @click.command(help=__doc__)
-@click.argument("parts", nargs=-1, type=click.Choice(["hits", "start", "overhead"]))
+@click.argument("parts", nargs=-1, type=click.Choice(PARTS))
 @click.option("--rounds", default=20, show_default=True, help="Measurements of each event.")
+@click.option("--looks", default=5, show_default=True, help="Times that the pages of a dump are looked at.")
 @click.option(
     "--json", "file", type=click.Path(path_type=Path), default=Path("bench.json"), show_default=True
 )
-def main(parts, rounds, file):
+def main(parts, rounds, looks, file):
     """Run the benchmarks."""
     report = TerminalReport()
-    parts = parts or ("hits", "start", "overhead")
+    parts = set(parts or PARTS)
     document = {"schema": "kvirt.bench/1", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    with Guest(get_kernel(MODERN, report), timeout=LIFETIME, report=report) as guest:
-        if "hits" in parts:
-            with Guest(get_kernel(LEGACY, report), timeout=LIFETIME, report=report) as legacy:
-                document["hits"] = hit_rates({LEGACY: legacy, MODERN: guest}, report)
-        if "start" in parts:
-            document["start"] = start_up(guest, STARTS, report)
-        if "overhead" in parts:
-            document["overhead"] = overhead(guest, rounds, report)
+    if "pages" in parts:
+        # Guests of its own, which need the machine's memory.
+        document["pages"] = measure_pages(get_kernel(MODERN, report), looks, report, show)
+    if parts - {"pages"}:
+        with Guest(get_kernel(MODERN, report), timeout=LIFETIME, report=report) as guest:
+            trace(guest, parts, rounds, report, document)
     file.write_text(json.dumps(document, indent=2) + "\n")
     click.echo(f"\nThe same numbers are in {file}.")
 

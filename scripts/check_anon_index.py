@@ -9,14 +9,13 @@ A page at a time, the plain way: what ``kvirt check-pid`` does in bulk, and re-r
 import sys
 from pathlib import Path
 
-from drgn import FaultError, cast, get_default_prog
-from drgn.helpers.linux.mm import compound_head, follow_page, for_each_vma, page_index
+from drgn import get_default_prog
 from drgn.helpers.linux.pid import find_task
 
 # drgn runs a script without its tree on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kvirt.mm.vma import linear_anon_page_index, vma_is_temporary_stack, vma_snapshot
+from kvirt.lab.bench.plain import for_each_anon_page
 
 
 def main() -> None:
@@ -27,26 +26,11 @@ def main() -> None:
     if not task or not task.mm:
         sys.exit(f"There is no user process with PID {sys.argv[1]}.")
     checked = wrong = 0
-    for obj in for_each_vma(task.mm):
-        vma = vma_snapshot(obj)
-        # A VMA without anon_vma has no anonymous folios, and an exec moves its stack with old indexes.
-        if not vma.anon_vma or vma_is_temporary_stack(vma):
-            continue
-        for address in range(vma.vm_start, vma.vm_end, 1 << vma.layout.page_shift):
-            try:
-                page = follow_page(task.mm, address)
-            except (LookupError, FaultError):
-                continue
-            head = compound_head(page)
-            # FOLIO_MAPPING_ANON without FOLIO_MAPPING_KSM
-            if cast("unsigned long", head.mapping).value_() & 3 != 1:
-                continue
-            checked += 1
-            index = page_index(head).value_() + (page - head).value_()
-            expected = linear_anon_page_index(vma, address)
-            if index != expected:
-                wrong += 1
-                print(f"{address:#x}: folio index {index:#x}, expected {expected:#x}")
+    for page in for_each_anon_page(task):
+        checked += 1
+        if page.index != page.expected:
+            wrong += 1
+            print(f"{page.address:#x}: folio index {page.index:#x}, expected {page.expected:#x}")
     print(f"{checked} anonymous pages checked, {wrong} with a wrong index")
     sys.exit(1 if wrong else 0)
 

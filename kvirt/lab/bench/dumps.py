@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Dumps of guests with memory of known shapes, and what looking through them takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvirt.lab.guest import Guest, GuestError
+from kvirt.lab.kernels import Kernel
+from kvirt.lab.progress import Report, step
+from kvirt.lab.tree import TREE
+
+KI, MI = 1 << 10, 1 << 20
+# Seconds to fault in and to dump the largest memory, emulated on a busy machine.
+PATIENCE = 1800
+# Host memory that is left to others: QEMU's own, and the page cache that a dump is written through.
+MARGIN_MIB = 1536
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What processes of a guest have."""
+
+    shape: str
+    pages: int
+    processes: int = 1
+
+    @property
+    def guest_mib(self) -> int:
+        """Memory the guest needs for it."""
+        # Pages, memmap and page tables; to scatter them it takes as many more.
+        pages = self.pages * (2 if self.shape == "fragmented" else 1)
+        return pages * (4096 + 64 + 8) // MI + 768
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """A dump of a guest with such memory, and whose memory it is."""
+
+    core: Path
+    vmlinux: Path
+    pids: list[int]
+
+    def measure(self, rounds: int, *ways: str) -> dict[str, Any]:
+        """Look at it in some ways in turn (kvirt.lab.bench.pages), in a process of its own."""
+        argv = [sys.executable, "-m", "kvirt.lab.bench.pages", self.core, self.vmlinux, rounds]
+        argv += [",".join(ways), *self.pids]
+        done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, cwd=TREE)
+        if done.returncode != 0:
+            raise GuestError(f"The dump {self.core} could not be looked at.", "\n" + done.stderr[-2000:])
+        document: dict[str, Any] = json.loads(done.stdout)
+        return document
+
+
+def free_mib() -> int:
+    """Host memory that a guest may have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [available] = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return available // KI - MARGIN_MIB
+
+
+@contextlib.contextmanager
+def dumped(kernel: Kernel, memory: Memory, report: Report, *formats: str) -> Iterator[list[Dump]]:
+    """Dumps of one guest with some memory, in one or more formats. They are gone afterwards."""
+    assert kernel.vmlinux is not None
+    with tempfile.TemporaryDirectory(prefix="kvirt-bench-") as directory:
+        with Guest(kernel, memory=f"{memory.guest_mib}M", timeout=2 * PATIENCE, report=report) as guest:
+            argv = ["python3", "-m", "kvirt.lab.bench.memory", memory.shape, memory.pages, memory.processes]
+            process = guest.popen([str(word) for word in argv])
+            with step(report, f"Faulting in {size(memory.pages)} pages, {memory.shape}", "memory"):
+                line = process.readline(PATIENCE)
+            if not line:
+                raise GuestError("The guest could not get its memory.", process.stderr_text())
+            cores = [guest.dump(Path(directory) / format_, format_) for format_ in formats]
+        # The guest has ended: its memory is free for the page cache.
+        yield [Dump(core, kernel.vmlinux, json.loads(line)["pids"]) for core in cores]
+
+
+def size(pages: int) -> str:
+    """A number of pages, in words."""
+    return f"{pages // MI} M" if pages >= MI else f"{pages // KI} Ki"
+
+
+def rate(taken: dict[str, Any], part: str = "seconds") -> float:
+    """Pages a second, by the median round."""
+    return float(taken["pages"] / statistics.median(taken[part]))
+
+
+def _millions(taken: dict[str, Any], part: str = "seconds") -> str:
+    return f"{rate(taken, part) / 1e6:.3g}"
+
+
+Show = Callable[[str, list[list[str]], list[str]], None]
+
+SIZES = (64 * KI, 256 * KI, MI, 4 * MI)
+LOOP_SIZE = 256 * KI
+SHAPES = (Memory("fragmented", 256 * KI), Memory("fragmented", MI), Memory("huge", MI), Memory("mixed", MI))
+
+
+def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> dict[str, Any]:
+    """How fast pages are looked through, beside the plain loop and the fastest that the file can be read."""
+    document: dict[str, Any] = {}
+    rows: list[list[str]] = []
+    memories = [*(Memory("contiguous", pages) for pages in SIZES), *SHAPES]
+    for memory in memories:
+        name = f"{memory.shape} {size(memory.pages)}"
+        if memory.guest_mib > free_mib():
+            report(f"{name} is left out: the guest needs {memory.guest_mib} MiB, and {free_mib()} are free.")
+            continue
+        compressed = memory == Memory("contiguous", LOOP_SIZE)
+        formats = ["elf", *(["kdump-zlib"] if compressed else [])]
+        with dumped(kernel, memory, report, *formats) as dumps, step(report, f"Looking at {name}", "pages"):
+            document[name] = _measure(dumps[0], memory, rounds)
+            if compressed:
+                try:
+                    document["kdump-zlib"] = dumps[1].measure(rounds, "check-pid")
+                except GuestError as error:
+                    report(f"The kdump-compressed dump is left out: {str(error).splitlines()[-1]}")
+        rows.append(_row(name, document[name]))
+    _show(document, rows, show)
+    return document
+
+
+def _measure(dump: Dump, memory: Memory, rounds: int) -> dict[str, Any]:
+    # By itself first: what is resident is not the others' then.
+    alone = dump.measure(1, "check-pid")
+    # Huge pages take next to no reading, and the limit would say little.
+    ways = ["check-pid", *(["limit"] if memory.shape in ("contiguous", "fragmented") else [])]
+    if memory == Memory("contiguous", LOOP_SIZE):
+        ways += ["loop", "inflate"]
+    if memory == Memory("contiguous", MI):
+        ways += ["progress", "rereading"]
+    if memory == Memory("contiguous", max(SIZES)):
+        ways.append("check-all")
+    side_by_side = dump.measure(rounds, *ways)
+    return {**side_by_side, "drgn_kib": alone["drgn_kib"], "added_kib": alone["added_kib"]}
+
+
+def _row(name: str, measured: dict[str, Any]) -> list[str]:
+    ways = measured["ways"]
+    kvirt, limit, loop = ways["check-pid"], ways.get("limit"), ways.get("loop")
+    return [
+        name,
+        f"{statistics.median(kvirt['seconds']) * 1000:.1f}",
+        _millions(kvirt),
+        _millions(kvirt, "walk"),
+        "" if limit is None else _millions(limit),
+        "" if limit is None else f"{rate(kvirt, 'walk') / rate(limit):.0%}",
+        "" if loop is None else f"{rate(loop):,.0f}/s",
+        "" if loop is None else f"{rate(kvirt) / rate(loop):.0f} x",
+        f"{measured['added_kib'] / KI:.0f}",
+    ]
+
+
+def _show(document: dict[str, Any], rows: list[list[str]], show: Show) -> None:
+    headers = ["pages", "check-pid ms", "M pages/s", "walk M/s", "limit M/s", "walk/limit"]
+    show("check-pid of one process, from an ELF core", rows, [*headers, "loop", "check-pid/loop", "MiB"])
+    rows = []
+    for name, measured in document.items():
+        ways = measured["ways"]
+        took = {way: statistics.median(taken["seconds"]) for way, taken in ways.items()}
+        for way in ("progress", "rereading"):
+            if way in ways:
+                rows.append([f"check-pid, {name}: {way}", f"{took[way] / took['check-pid'] - 1:+.1%}"])
+        if "check-all" in ways:
+            rows.append([f"check-all, {ways['check-all']['pages']:,} pages", f"{took['check-all']:.2f} s"])
+            rows.append(["before: symbols and layout", f"{measured['opened']:.2f} s"])
+        if "inflate" in ways and "kdump-zlib" in document:
+            zlib = document["kdump-zlib"]["ways"]["check-pid"]
+            whole = statistics.median(zlib["seconds"])
+            rows.append(["kdump-compressed (zlib) core, the same pages", f"{_millions(zlib)} M pages/s"])
+            rows.append(["of it decompression", f"{took['inflate'] / whole:.0%} of {whole * 1000:.0f} ms"])
+    show("Other costs", rows, ["", "median"])

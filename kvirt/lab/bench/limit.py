@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""How fast a process's page tables and memmap can be read from an ELF core at all, and compared once.
+
+What is to be read from where is found out before the time runs: the file is read in as few pieces as there
+are runs, into the same buffers again and again, and each page's index is compared with what it should be.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import drgn
+import numpy as np
+import numpy.typing as npt
+from drgn.helpers.linux.mm import follow_phys
+
+from kvirt.elfcore import PT_LOAD, read_elf_core
+from kvirt.layout import Layout
+from kvirt.mm.address_space import AddressSpace
+from kvirt.mm.folio import read_folios
+from kvirt.mm.pagetable import U64, WalkTroubles, for_each_leaf, leaf_pfn, leaf_present
+
+# Pages that are compared at once, so that what was read for them is still in the cache.
+_BLOCK = 1 << 14
+_TABLE_BYTES = 4096
+# Bytes of the file so close are read in one piece.
+_GAP = 4096
+# The memmap is mapped in huge pages.
+_SECTION_BYTES = 2 << 20
+
+_Places = npt.NDArray[np.intp] | slice
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of the file, and where in the buffer they go."""
+
+    offset: int
+    at: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What is read for some pages, and what it is compared with."""
+
+    tables: list[_Piece]
+    entries: _Places
+    """Which entry of the tables maps each page."""
+    structs: list[_Piece]
+    pages: _Places
+    """Which struct page is each page's."""
+    expected: U64
+    """``folio->index`` of each."""
+
+
+class Limit:
+    """Reads the small anonymous pages of one process from an ELF core."""
+
+    def __init__(self, prog: drgn.Program, layout: Layout, core: Path, space: AddressSpace) -> None:
+        """Find out what is to be read."""
+        elf = read_elf_core(core)
+        assert elf is not None
+        self._loads = [header for header in elf.headers if header.type == PT_LOAD]
+        self._prog, self._layout, self._space = prog, layout, space
+        self._sections: dict[int, int] = {}
+        self._blocks: list[_Block] = []
+        own = [vma for vma in space.vmas() if vma.anon_vma]
+        for leaves in for_each_leaf(prog, layout, space.pgd, WalkTroubles()):
+            if leaves.level:
+                continue
+            folios = read_folios(prog, layout, leaf_pfn(layout, leaves))
+            keep = leaf_present(leaves) & folios.is_anon() & ~folios.large
+            address, pfn = leaves.address[keep], folios.head[keep]
+            for vma in own:
+                first, last = np.searchsorted(address, [vma.vm_start, vma.vm_end]).tolist()
+                expected = ((address - np.uint64(vma.vm_start)) >> np.uint64(12)) + np.uint64(vma.anon_pgoff)
+                for start in range(first, last, _BLOCK):
+                    part = slice(start, min(start + _BLOCK, last))
+                    self._blocks.append(self._block(address[part], pfn[part], expected[part]))
+        self.pages = sum(len(block.expected) for block in self._blocks)
+        self._tables = self._buffer([block.tables for block in self._blocks])
+        self._structs = self._buffer([block.structs for block in self._blocks])
+
+    def run(self, file: int) -> int:
+        """Read and compare everything once; returns how many pages are not as they should be.
+
+        :param file: descriptor of the core
+        """
+        wrong = 0
+        tables, structs = self._tables.data, self._structs.data
+        entries, pages = self._tables.view("<u8"), self._structs.view(self._layout.page_dtype)
+        mappings, indexes = pages["mapping"], pages["index"]
+        present, three = np.uint64(1), np.uint64(3)
+        for block in self._blocks:
+            for into, pieces in ((tables, block.tables), (structs, block.structs)):
+                for piece in pieces:
+                    os.preadv(file, [into[piece.at : piece.at + piece.size]], piece.offset)
+            right = (entries[block.entries] & present) != 0
+            right &= (mappings[block.pages] & three) == present
+            right &= indexes[block.pages] == block.expected
+            wrong += len(right) - int(np.count_nonzero(right))
+        return wrong
+
+    def compressed(self, file: int) -> list[bytes]:
+        """What :meth:`run` reads, as a kdump-compressed core has it: each page of memory by itself."""
+        seen = set()
+        for block in self._blocks:
+            for piece in (*block.tables, *block.structs):
+                load = next(h for h in self._loads if h.offset <= piece.offset < h.offset + h.size)
+                first = (piece.offset - load.offset) // 4096
+                last = (piece.offset + piece.size - 1 - load.offset) // 4096
+                seen |= {load.offset + 4096 * page for page in range(first, last + 1)}
+        # Level 1 is what QEMU and makedumpfile ask for.
+        return [zlib.compress(os.pread(file, 4096, offset), 1) for offset in sorted(seen)]
+
+    def _block(self, address: U64, pfn: U64, expected: U64) -> _Block:
+        bases, which = np.unique(address >> np.uint64(21), return_inverse=True)
+        offsets = np.array([self._offset(self._table(int(base) << 21)) for base in bases], dtype=np.int64)
+        tables, starts = _pieces(offsets, _TABLE_BYTES)
+        entries = starts[which] // 8 + (address >> np.uint64(12) & np.uint64(511)).astype(np.int64)
+        size = self._layout.page.size
+        at = pfn * np.uint64(size) + np.uint64(self._layout.vmemmap)
+        section = at & np.uint64(-_SECTION_BYTES & (1 << 64) - 1)
+        known, which = np.unique(section, return_inverse=True)
+        bases = np.array([self._section(int(one)) for one in known], dtype=np.int64)
+        offsets = bases[which] + (at - section).astype(np.int64)
+        structs, starts = _pieces(offsets, size)
+        return _Block(tables, _simple(entries), structs, _simple(starts // size), expected)
+
+    def _offset(self, physical: int) -> int:
+        """Where in the file a physical address is."""
+        for load in self._loads:
+            if load.physical <= physical < load.physical + load.size:
+                return load.offset + physical - load.physical
+        raise LookupError(f"the core lacks {physical:#x}")
+
+    def _section(self, address: int) -> int:
+        """Where in the file a section of the memmap is."""
+        if address not in self._sections:
+            physical = follow_phys(self._prog["init_mm"].address_of_(), address).value_()
+            self._sections[address] = self._offset(physical)
+        return self._sections[address]
+
+    def _table(self, address: int) -> int:
+        """Physical address of the lowest table that maps an address."""
+        mask = self._layout.physical_mask & ~(_TABLE_BYTES - 1)
+        levels = self._layout.pgtable_levels
+        entry = self._prog.read_u64(self._space.pgd + 8 * (address >> (3 + 9 * levels) & 511))
+        for level in range(levels - 2, 0, -1):
+            slot = address >> (12 + 9 * level) & 511
+            entry = self._prog.read_u64((entry & mask) + 8 * slot, True)
+        return int(entry & mask)
+
+    @staticmethod
+    def _buffer(blocks: list[list[_Piece]]) -> npt.NDArray[np.uint8]:
+        return np.zeros(max((sum(p.size for p in pieces) for pieces in blocks), default=0), dtype=np.uint8)
+
+
+def _pieces(offsets: npt.NDArray[np.int64], size: int) -> tuple[list[_Piece], npt.NDArray[np.int64]]:
+    """As few pieces of a file as hold things of one size, and where in the buffer each of them is then."""
+    order = np.argsort(offsets, kind="stable")
+    ordered = offsets[order]
+    breaks = np.flatnonzero(np.diff(ordered) > size + _GAP) + 1
+    places = np.empty(len(offsets), dtype=np.int64)
+    pieces = []
+    filled = 0
+    for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ordered)], strict=True):
+        first = int(ordered[start])
+        pieces.append(_Piece(first, filled, int(ordered[end - 1]) + size - first))
+        places[order[start:end]] = filled + ordered[start:end] - first
+        filled += pieces[-1].size
+    return pieces, places
+
+
+def _simple(places: npt.NDArray[np.int64]) -> _Places:
+    """A slice where they follow each other, which numpy need not copy."""
+    if len(places) and (np.diff(places) == 1).all():
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return places.astype(np.intp)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Guests that all tests share: one boot for each kernel, with the workload running in it."""
+"""Guests that tests share, with the workload running in them, and dumps of such guests.
+
+`make test` runs two processes of tests side by side (pytest-xdist): checking dumps keeps one processor busy,
+an emulated guest another one. What shares a guest or a dump stays in one process. Guests need memory: each
+process has one shared guest at a time, and that of a dump ends with the dumping.
+"""
 
 import contextlib
 import json
@@ -17,6 +22,14 @@ LIFETIME = 3600
 # Seconds for the workload to reach all its states, without KVM on a busy machine.
 PATIENCE = 300
 MODERN, LEGACY = "7.3", "6.12"
+# Words for the kernel's command line. Four levels of page tables, as most machines have; emulated processors
+# have five.
+APPEND = {MODERN: "", LEGACY: "no5lvl"}
+
+# Fixtures by which a test needs the shared guest of the one kernel, and of the other.
+OF_GUESTS = ({"guest73", "phases73"}, {"legacy_guest", "phases_legacy"})
+# Tests with guests of their own, the longest first: nothing long should be left for the end.
+OWN_GUESTS = ("tests/live/test_storm.py", "tests/live/test_lab.py", "tests/live/test_gigantic.py")
 
 
 def pytest_addoption(parser):
@@ -27,11 +40,54 @@ def pytest_addoption(parser):
     )
 
 
+def group(nodeid):
+    """Name the tests that run in one process, one after another, for what they share."""
+    path = nodeid.partition("::")[0]
+    if path.startswith("tests/vmcore/"):
+        return "dumps"
+    if path.startswith("tests/live/") and path not in OWN_GUESTS:
+        return "guests"
+    return path
+
+
+def turn(item):
+    """Say when a test runs: groups go by how long they take, but the quickest tests are first."""
+    name = group(item.nodeid)
+    if name == "dumps":
+        return 1
+    if name == "guests":
+        # A fixture may be named by a parameter too.
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        needs = {*item.fixturenames, *(value for value in parameters if isinstance(value, str))}
+        first, second = (bool(needs & fixtures) for fixtures in OF_GUESTS)
+        # The one kernel's guest ends where the other's begins. What compares both is last.
+        return 2 + second + (first and second)
+    return 5 + OWN_GUESTS.index(name) if name in OWN_GUESTS else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session):
+    """Sort when nobody else sorts any more, and before pytest-xdist takes the order."""
+    session.items.sort(key=turn)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deal out groups; as pytest-xdist's own marks for it do, which pytest 9.2 does not let through."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group(nodeid)
+
+    return Groups(config, log)
+
+
 @contextlib.contextmanager
-def booted(pattern, append=""):
+def booted(pattern):
     if os.geteuid() != 0:
         pytest.skip("Guests need root: run the tests with `make test`, which uses sudo.")
-    with Guest(get_kernel(pattern), timeout=LIFETIME, append=append) as guest:
+    with Guest(get_kernel(pattern), timeout=LIFETIME, append=APPEND[pattern]) as guest:
         process = guest.popen(["kvirt", "lab", "workload", "--with", "hugetlb,ksm,swap"])
         line = process.readline(PATIENCE)
         if not line:
@@ -41,36 +97,57 @@ def booted(pattern, append=""):
 
 
 @contextlib.contextmanager
-def dumped(guest):
+def dumped(pattern):
     with tempfile.TemporaryDirectory(prefix="kvirt-tests-") as directory:
-        core = guest.dump(Path(directory) / "vmcore")
+        with booted(pattern) as guest:
+            core = guest.dump(Path(directory) / "vmcore")
         yield core, guest.kernel.vmlinux, guest.workload
 
 
 @pytest.fixture(scope="session")
-def guest73():
+def shared_guest():
+    """A function that gives the guest of a kernel, and ends that of another."""
+    guests, failures = {}, {}
+    with contextlib.ExitStack() as running:
+
+        def shared(pattern):
+            if pattern in failures:
+                # Another try would take as long.
+                raise failures[pattern]
+            if pattern not in guests:
+                guests.clear()
+                running.close()
+                try:
+                    guests[pattern] = running.enter_context(booted(pattern))
+                except BaseException as error:
+                    failures[pattern] = error
+                    raise
+            return guests[pattern]
+
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def guest73(shared_guest):
     """A guest that has anonymous page offsets; ``.workload`` is the workload's document."""
-    with booted(MODERN) as guest:
-        yield guest
+    return shared_guest(MODERN)
 
 
-@pytest.fixture(scope="session")
-def legacy_guest():
+@pytest.fixture(scope="module")
+def legacy_guest(shared_guest):
     """A guest that has none."""
-    # And four levels of page tables, as most machines have; emulated processors have five.
-    with booted(LEGACY, append="no5lvl") as guest:
-        yield guest
+    return shared_guest(LEGACY)
 
 
 @pytest.fixture(scope="session")
-def core73(guest73):
-    """Path of a dump of ``guest73``, path of its vmlinux, and the workload's document."""
-    with dumped(guest73) as core:
+def core73():
+    """Path of a dump of a guest like ``guest73``, path of its vmlinux, and the workload's document."""
+    with dumped(MODERN) as core:
         yield core
 
 
 @pytest.fixture(scope="session")
-def core_legacy(legacy_guest):
-    """The same of ``legacy_guest``."""
-    with dumped(legacy_guest) as core:
+def core_legacy():
+    """The same of one like ``legacy_guest``."""
+    with dumped(LEGACY) as core:
         yield core

@@ -12,6 +12,7 @@ import pytest
 
 from kvirt.render.json import schema
 from kvirt.trace import counts as names
+from tests.conftest import LEGACY, MODERN
 from tests.live.remaps import CROWD_PAGES, PHASES, UNFORESEEN
 
 FORESEEN = [name for name in PHASES if name not in UNFORESEEN]
@@ -70,14 +71,15 @@ def run_phases(guest):
     return {line["phase"]: line for line in lines}
 
 
-@pytest.fixture(scope="module")
-def phases73(guest73):
-    return run_phases(guest73)
+# Of the session, and so kept when the guest has ended: docs/counts.md has both.
+@pytest.fixture(scope="session")
+def phases73(shared_guest):
+    return run_phases(shared_guest(MODERN))
 
 
-@pytest.fixture(scope="module")
-def phases_legacy(legacy_guest):
-    return run_phases(legacy_guest)
+@pytest.fixture(scope="session")
+def phases_legacy(shared_guest):
+    return run_phases(shared_guest(LEGACY))
 
 
 @pytest.fixture(scope="module", params=["phases73", "phases_legacy"])

@@ -3,6 +3,8 @@
 
 import re
 
+import drgn
+
 from kvirt.checks import reach
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.sorting import MARKER, SWAPPED
@@ -19,6 +21,14 @@ ODD_AND_LEGAL = {
     "wiped-kept": {"VMA-UNFAULTED-PGOFF"},
     "uffd-shared": {"ANONVMA-IN-NONCOW"},
 }
+
+
+def test_a_dump_has_holes_and_the_notes_that_a_debugger_needs(dump):
+    assert dump.core.stat().st_blocks * 512 < dump.core.stat().st_size / 2
+    prog = drgn.Program()
+    prog.set_core_dump(dump.core)
+    prog.load_debug_info([dump.vmlinux])
+    assert prog["init_uts_ns"].name.release.string_().decode() == dump.workload["kernel"]
 
 
 def test_no_process_has_an_error(whole):

@@ -89,16 +89,24 @@ def _check_kprobes(root: Path) -> None:
         raise KvirtError(sentence)
 
 
+# By file that holds 0 when probes are attached and not called: what is off, and how it is turned on.
+_SWITCHES = {
+    "sys/kernel/debug/kprobes/enabled": "Kprobes are",
+    "proc/sys/kernel/ftrace_enabled": "Tracing of functions is",
+}
+
+
 def switched_off(root: Path = Path("/")) -> list[str]:
-    """Return a sentence if probes that are attached are not called, else nothing."""
-    # Without debugfs nobody can have turned them off, unless it was unmounted since.
-    with suppress(OSError):
-        if (root / "sys/kernel/debug/kprobes/enabled").read_text().strip() == "0":
-            return [
-                "Kprobes are turned off, and nothing would be counted: turn them on with "
-                "'echo 1 > /sys/kernel/debug/kprobes/enabled'."
-            ]
-    return []
+    """Return a sentence for each reason why probes that are attached are not called."""
+    sentences = []
+    for path, what in _SWITCHES.items():
+        # Without debugfs nobody can have turned them off, unless it was unmounted since.
+        with suppress(OSError):
+            if (root / path).read_text().strip() == "0":
+                sentences.append(
+                    f"{what} turned off, and nothing would be counted: turn it on with 'echo 1 > /{path}'."
+                )
+    return sentences
 
 
 def _check_lockdown(root: Path) -> None:

@@ -17,6 +17,7 @@ FILES = {
     "proc/sys/kernel/osrelease": RELEASE + "\n",
     "sys/bus/event_source/devices/kprobe/type": "8\n",
     "sys/kernel/debug/kprobes/enabled": "1\n",
+    "proc/sys/kernel/ftrace_enabled": "1\n",
     "sys/kernel/security/lockdown": "none [integrity] confidentiality\n",
     f"lib/modules/{RELEASE}/source/include/linux/kconfig.h": "",
 }
@@ -47,7 +48,7 @@ def test_all_is_there(machine):
 
 
 def test_what_cannot_be_read_says_nothing(machine):
-    check(machine(enabled=None, lockdown=None))
+    check(machine(enabled=None, ftrace_enabled=None, lockdown=None))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,14 @@ def test_what_cannot_be_read_says_nothing(machine):
             {"status": "Uid:\t0\t0\t0\t0\nCapEff:\t00000000a80425fb\n"},
             "Root may not trace the kernel here, because it lacks CAP_SYS_ADMIN, .*",
         ),
-        ({"enabled": "0\n"}, r"Kprobes are turned off, .* 'echo 1 > /sys/kernel/debug/kprobes/enabled'\."),
+        (
+            {"enabled": "0\n"},
+            r"Kprobes are turned off, .* on with 'echo 1 > /sys/kernel/debug/kprobes/enabled'\.",
+        ),
+        (
+            {"ftrace_enabled": "0\n"},
+            r"Tracing of functions is turned off, .* 'echo 1 > /proc/sys/kernel/ftrace_enabled'\.",
+        ),
         (
             {"lockdown": "none integrity [confidentiality]\n"},
             "The kernel is locked down, .* boot without lockdown=confidentiality .*",

@@ -100,6 +100,11 @@ class TraceLayout:
     callbacks: tuple[str, ...]
     """Functions that can be the ``rmap_one`` of a walk, sorted; their arguments are folio, vma, address
     and arg."""
+    fprobe: bool = False
+    """Whether the kernel can have one probe at the entries of many functions."""
+    fprobe_returns: bool = False
+    """Whether one probe can see them return, too: where it has a rethook, it sees no more than two calls for
+    each processor at a time, fewer than a kretprobe of each function does."""
 
 
 class _Members:
@@ -298,4 +303,14 @@ def read_trace_layout(btf: Btf) -> TraceLayout:
     callbacks = _callbacks(btf, members)
     if isinstance(callbacks, str):
         missing["callbacks"], callbacks = callbacks, ()
-    return TraceLayout(scheme, constants, arguments, absent, missing, callbacks)
+    return TraceLayout(
+        scheme,
+        constants,
+        arguments,
+        absent,
+        missing,
+        callbacks,
+        fprobe=bool(members.structs("fprobe")),
+        # include/linux/fprobe.h: from Linux 6.14 on it is function graph tracing that sees returns.
+        fprobe_returns=members.find("fprobe", "hlist_array", 8) is not None,
+    )

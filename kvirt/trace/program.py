@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvirt.errors import KvirtError
-from kvirt.layout_trace import TraceLayout
 from kvirt.trace import counts
 from kvirt.trace.filters import Cgroup, Glob
+
+if TYPE_CHECKING:
+    from kvirt.layout_trace import TraceLayout
 
 # In a source tree, and where an installation puts it.
 DIRECTORIES = (Path(__file__).parents[2] / "bpf", Path(sys.prefix) / "share" / "kvirt" / "bpf")
@@ -175,6 +178,8 @@ def files(request: Request, layout: TraceLayout) -> list[str]:
         names.append("vma_complete.c")
     if request.family:
         names.append("family.c")
+    if layout.fprobe:
+        names.append("dispatch.c")
     return names
 
 

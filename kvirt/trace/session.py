@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -30,6 +27,7 @@ from kvirt.trace.counts import (
     Tally,
     Violation,
 )
+from kvirt.trace.hooks import Hooks, Probe, refusals
 from kvirt.trace.program import NEW_ANONS, RMAP_WALKS, Indexes, Request
 from kvirt.trace.symbols import function_addresses
 
@@ -43,21 +41,10 @@ _GUARDS = (
 )
 # Nobody debugs the programs; what a debugger would need takes another tenth.
 CFLAGS = (*DIALECT, *(f"-D{guard}" for guard in _GUARDS), "-g0")
-# Seconds that functions which were entered before the detaching get to return.
-GRACE = 0.1
 ATTACHED = "attached"
 # Seconds between looks for names of places in programs.
 NAMING = 0.3
 FDINFO = Path("/proc/self/fdinfo")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A function of the kernel, and the programs at its entry and its return."""
-
-    function: str
-    enter: str
-    leave: str | None = None
 
 
 def probes(request: Request, layout: TraceLayout) -> list[Probe]:
@@ -71,7 +58,10 @@ def probes(request: Request, layout: TraceLayout) -> list[Probe]:
             for name in RMAP_WALKS
             if name in layout.arguments or name in layout.absent
         ]
-        wanted += [Probe(name, "enter_new_anon_rmap", "leave_new_anon_rmap") for name in NEW_ANONS]
+        # Page table locks are held.
+        wanted += [
+            Probe(name, "enter_new_anon_rmap", "leave_new_anon_rmap", brief=True) for name in NEW_ANONS
+        ]
     if request.copy_vma:
         wanted.append(Probe("copy_vma", "enter_copy_vma", "leave_copy_vma"))
     if request.split_vma:
@@ -136,43 +126,6 @@ class _Symbols:
         return self._found
 
 
-@contextmanager
-def _complaints() -> Iterator[Callable[[], str]]:
-    """Keep what C code writes on stderr, and give a function that returns its last lines."""
-    with os.fdopen(os.memfd_create("kvirt"), "w+b") as file:
-
-        def said() -> str:
-            file.seek(0)
-            return "\n".join(file.read().decode(errors="replace").strip().splitlines()[-12:])
-
-        stderr = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """Turn what bcc raises into a sentence, with the last lines of what C code said."""
-    with _complaints() as said:
-        try:
-            yield
-        except Exception as error:
-            words = said()
-            # Where securityfs is not mounted, nobody could ask before.
-            if "cannot use helper bpf_probe_read_kernel" in words:
-                raise KvirtError(
-                    "The kernel does not let programs read its memory, being locked down: boot it without "
-                    "lockdown=confidentiality to trace it."
-                ) from error
-            raise KvirtError(
-                f"{what} ({error}): report this kernel's version and these lines.\n{words}"
-            ) from error
-
-
 class Session:
     """Counts while its context is entered; nothing stays attached behind it.
 
@@ -185,7 +138,7 @@ class Session:
 
         :param bcc: the distribution's bcc, as :func:`kvirt.trace.environment.load_bcc` returns it
         """
-        self.probes: Mapping[str, str] = {}
+        self.probes: dict[str, str] = {}
         self._request = request
         self._layout = layout
         self._bcc = bcc
@@ -195,7 +148,6 @@ class Session:
         if request.cgroup is not None and "cgroup" in layout.missing:
             raise KvirtError(layout.missing["cgroup"])
         self._files = program.files(request, layout)
-        self._attached: list[Probe] = []
         self._violations: list[Violation] = []
         self._told = 0
         self._named = 0.0
@@ -211,8 +163,9 @@ class Session:
         # The kernel takes its time to write down its symbols, and compiling leaves the interpreter free.
         wanted = probes(self._request, self._layout)
         symbols = _Symbols([probe.function for probe in wanted])
-        with _refusals("bcc cannot compile the program"):
+        with refusals("bcc cannot compile the program"):
             self._bpf: Any = self._bcc.BPF(text=text, cflags=[*CFLAGS, *flags])
+        self._hooks = Hooks(self._bpf, self._bcc, self._layout.fprobe, self._layout.fprobe_returns)
         try:
             self._attach(wanted, symbols.addresses())
         except BaseException:
@@ -281,7 +234,8 @@ class Session:
         for i, name in enumerate(self._layout.callbacks):
             for address in addresses.get(name, []):
                 callbacks[ctypes.c_uint64(address)] = ctypes.c_uint32(i)
-        state = {}
+        absent: dict[str, str] = {}
+        found_at: dict[str, int] = {}
         for probe in wanted:
             why = self._layout.absent.get(probe.function)
             found = addresses.get(probe.function, [])
@@ -294,65 +248,36 @@ class Session:
             if why is None and probe.enter not in self._programs:
                 why = "the functions that it belongs to cannot be probed here."
             if why is None:
-                with _refusals("The kernel refuses a program"):
-                    for name in filter(None, (probe.enter, probe.leave)):
-                        self._bpf.load_func(name, self._bcc.BPF.KPROBE)
-                why = self._attach_one(probe)
-            if why is not None:
-                # Walks that call it are to be told from those that come to no VMA.
-                for address in found if probe.function in self._layout.callbacks else ():
-                    del callbacks[ctypes.c_uint64(address)]
-            state[probe.function] = ATTACHED if why is None else f"absent: {why}"
+                found_at[probe.function] = found[0]
+            else:
+                absent[probe.function] = why
+        possible = [probe for probe in wanted if probe.function in found_at]
+        absent |= self._hooks.attach(possible, found_at)
+        for name in absent:
+            # Walks that call it are to be told from those that come to no VMA.
+            for address in addresses.get(name, []) if name in self._layout.callbacks else ():
+                del callbacks[ctypes.c_uint64(address)]
+        if all(probe.function in absent for probe in wanted):
+            reasons = "; ".join(f"{name}: {why}" for name, why in absent.items())
+            raise KvirtError(f"None of the functions to trace could be probed. {reasons}")
         if self._request.rmap and "callbacks" in self._layout.missing:
-            state["rmap_one"] = f"absent: {self._layout.missing['callbacks']}"
-        self.probes = state
+            absent["rmap_one"] = self._layout.missing["callbacks"]
+        self.probes = {probe.function: ATTACHED for probe in wanted}
+        self.probes |= {name: f"absent: {why}" for name, why in absent.items()}
         if self._request.comm is not None:
             for byte, mask in enumerate(self._request.comm.masks):
                 self._bpf["glob"][ctypes.c_int(byte)] = ctypes.c_uint64(mask)
-        if not self._attached:
-            reasons = "; ".join(f"{name}: {why.removeprefix('absent: ')}" for name, why in state.items())
-            raise KvirtError(f"None of the functions to trace could be probed. {reasons}")
         self._bpf["violations"].open_ring_buffer(self._violated)
         if self._request.family:
-            with _refusals("The kernel refuses to tell of processes"):
+            with refusals("The kernel refuses to tell of processes"):
                 self._bpf.attach_raw_tracepoint("sched_process_fork", "follow_fork")
                 self._bpf.attach_raw_tracepoint("sched_process_free", "forget_process")
-
-    def _attach_one(self, probe: Probe) -> str | None:
-        self._attached.append(probe)
-        with _complaints() as said:
-            try:
-                # The return first: whoever is seen to enter is seen to leave.
-                if probe.leave is not None:
-                    self._bpf.attach_kretprobe(event=probe.function, fn_name=probe.leave)
-                self._bpf.attach_kprobe(event=probe.function, fn_name=probe.enter)
-            except Exception as error:
-                self._let_go(self._bpf.detach_kretprobe, probe.function, probe.leave or "")
-                self._attached.remove(probe)
-                words = " ".join(said().split()) or str(error)
-                return f"the kernel refused the probe ({words})."
-        return None
-
-    @staticmethod
-    def _let_go(detach: Callable[..., None], function: str, program: str) -> None:
-        # What failed to be attached is not there; nothing may keep the others from being detached.
-        with suppress(Exception):
-            detach(function, program)
 
     def stop(self) -> None:
         """Detach the probes. What was counted stays to be read, and what has begun and not ended is known."""
         self._ended = self._ended or time.monotonic()
-        # Entries first: those who were seen to enter get the time to be seen to leave.
-        for probe in self._attached:
-            self._let_go(self._bpf.detach_kprobe, probe.function, probe.enter)
-        if any(probe.leave is not None for probe in self._attached):
-            time.sleep(GRACE)
-        for probe in self._attached:
-            if probe.leave is not None:
-                self._let_go(self._bpf.detach_kretprobe, probe.function, probe.leave)
-        if self._attached:
+        if self._hooks.detach():
             self._unended = {what: len(self._bpf[table]) for table, what in self._calls().items()}
-        self._attached.clear()
 
     def _calls(self) -> dict[str, str]:
         """Tables of what has begun and not ended, and the words for it."""
@@ -485,6 +410,9 @@ class Session:
         """Return what the programs were not even called for, and walks that called what has no probe."""
         lost = {f"walks that call {name}(), which has no probe": n for name, n in unprobed.items() if n}
         lost |= {what: n for what, n in self._unended.items() if n}
+        missed = self._hooks.missed
+        if missed:
+            lost["calls that the kernel could not hand on to a program"] = missed
         missed = 0
         for function in self._bpf.funcs.values():
             for line in (FDINFO / str(function.fd)).read_text().splitlines():

@@ -13,7 +13,7 @@ import json, subprocess, sys, time
 from pathlib import Path
 
 def probes():
-    return len(Path("/sys/kernel/debug/kprobes/list").read_text().splitlines())
+    return len(Path("/sys/kernel/tracing/enabled_functions").read_text().splitlines())
 
 before = probes()
 tracer = subprocess.Popen(["kvirt", "trace"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

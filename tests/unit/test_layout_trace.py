@@ -26,6 +26,7 @@ class Kernel:
         flags: tuple[tuple[str, int], ...] = (),
         rmap_one: str = "folio",
         level: str = "int",
+        fprobe: str = "",
     ) -> None:
         self.a = a = Assembler()
         self.without = without
@@ -40,6 +41,8 @@ class Kernel:
         self.types["flex"] = a.array(self.types["ptr"], 0)
         self.types["lo"] = self.uint
         self.members(styles, rmap_one, level)
+        if fprobe:
+            self.struct("fprobe", 64, ("nmissed", "ulong", 0), (fprobe, "ptr", 48))
         if copy_vma is None:
             copy_vma = (*COPY_VMA[:4], *(f"{style}_pgoff" for style in styles), *COPY_VMA[4:])
         self.functions(copy_vma)
@@ -309,6 +312,15 @@ def test_callbacks_that_take_pages():
     layout = Kernel(rmap_one="page").layout()
     assert layout.callbacks == ()
     assert "take other arguments" in layout.missing["callbacks"]
+
+
+@pytest.mark.parametrize(
+    ("member", "fprobe", "fprobe_returns"),
+    [("", False, False), ("rethook", True, False), ("hlist_array", True, True)],
+)
+def test_one_probe_of_many_functions(member, fprobe, fprobe_returns):
+    layout = Kernel(fprobe=member).layout()
+    assert (layout.fprobe, layout.fprobe_returns) == (fprobe, fprobe_returns)
 
 
 def test_neither_drgn_nor_numpy_is_needed():

@@ -72,7 +72,7 @@ def test_source_needs_nothing_that_is_not_in_it(request_, layout):
 
 
 def test_files_are_those_that_are_asked_for():
-    everything = program.files(Request(family=True), MODERN)
+    everything = program.files(Request(family=True), replace(MODERN, fprobe=True))
     assert everything[0] == "kvirt.h" and len(everything) == len(set(everything))
     assert set(everything) == {path.name for path in program.DIRECTORIES[0].iterdir()}
     assert program.files(NOTHING, MODERN) == ["kvirt.h"]

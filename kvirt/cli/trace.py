@@ -23,12 +23,14 @@ import click
 from kvirt.cli import TargetOptions
 from kvirt.cli.basics import busy, format_option
 from kvirt.errors import KvirtError, printable
-from kvirt.trace import environment
+from kvirt.trace import environment, program
+from kvirt.trace.aside import Aside
 from kvirt.trace.command import CannotRun, Command
 from kvirt.trace.counts import Counts, Violation, since
 from kvirt.trace.filters import Cgroup, Glob, need_first_pid_namespace, process
 
 if TYPE_CHECKING:
+    from kvirt.layout_trace import TraceLayout
     from kvirt.trace.session import Session
 
 # What can be asked for, and the member of Request and Counts that it is.
@@ -407,12 +409,6 @@ def command(
             except CannotRun as error:
                 _say([str(error)])
                 ctx.exit(error.status)
-        # Only now what takes its time.
-        from kvirt.btf import kernel_btf
-        from kvirt.layout_trace import read_trace_layout
-        from kvirt.trace import program
-        from kvirt.trace.session import Session
-
         request = program.Request(
             **{member: member in plan.asked for member in WORDS.values()},
             pid=pid,
@@ -421,13 +417,18 @@ def command(
             family=argv is not None,
             stacks=stacks,
         )
-        layout = read_trace_layout(kernel_btf())
         if ebpf:
-            click.echo(program.source(request, layout), nl=False)
+            click.echo(program.source(request, _layout()), nl=False)
             return
         environment.check()
         with busy("compiling and attaching the programs"):
-            session = stack.enter_context(Session(request, layout, environment.load_bcc()))
+            reading = Aside(_layout)
+            # Only now what takes its time.
+            bcc = environment.load_bcc()
+            from kvirt.trace.session import Session
+
+            layout = reading.result()
+            session = stack.enter_context(Session(request, layout, bcc))
         printer = Printer(plan, f"Linux {os.uname().release} ({layout.scheme}), {about}")
         signals.counting = True
         if signals.command is not None:
@@ -448,6 +449,13 @@ def command(
     if status is None or total.bad:
         status = _status(total) or (3 if doubts else 0)
     ctx.exit(status)
+
+
+def _layout() -> TraceLayout:
+    from kvirt.btf import kernel_btf
+    from kvirt.layout_trace import read_trace_layout
+
+    return read_trace_layout(kernel_btf())
 
 
 def _about(pid: int | None, comm: str | None, cgroup: str | None, argv: tuple[str, ...] | None) -> str:

@@ -17,6 +17,7 @@ import drgn
 
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
+from kvirt.memory import map_core
 
 # drgn reports what it looked for and missed through this logger. What matters of it is said by the
 # sentences below; the rest would stand between a user and the result.
@@ -81,6 +82,7 @@ def _open_core(prog: drgn.Program, path: Path) -> None:
             raise KvirtError(f"{path} is empty: take the dump again, with enough disk space.")
         _check_elf_core(path)
         prog.set_core_dump(path)
+        map_core(prog, path)
     except FileNotFoundError:
         raise KvirtError(f"{path} does not exist: give --core the path of a vmcore.") from None
     except IsADirectoryError:

@@ -35,8 +35,11 @@ def ksm_index(batch: PageBatch) -> PageViolations:
     Judged where KSM has an rmap_item for the page in this process (mm/ksm.c: stable_tree_append()). What a
     fork inherited has none until KSM comes by, and is found by its parent's.
     """
+    found = batch.rmap_items.found
+    if not found.any():
+        return PageViolations.none(batch)
     expected, actual = batch.expected_index(), batch.rmap_items.linear_page_index
-    return PageViolations(batch.rmap_items.found & (expected != actual), expected, actual)
+    return PageViolations(found & (expected != actual), expected, actual)
 
 
 @page_check(
@@ -50,6 +53,8 @@ def ksm_index(batch: PageBatch) -> PageViolations:
 )
 def ksm_anon_vma(batch: PageBatch) -> PageViolations:
     """Rmap of a KSM page finds its VMA at all."""
-    actual = batch.rmap_items.anon_vma
-    mask = batch.off_chain(np.flatnonzero(batch.rmap_items.found), actual, unfaulted=False)
-    return PageViolations(mask, batch.table.anon_vma[batch.row], actual)
+    actual, found = batch.rmap_items.anon_vma, batch.rmap_items.found
+    if not found.any():
+        return PageViolations.none(batch)
+    mask = batch.off_chain(np.flatnonzero(found), actual, unfaulted=False)
+    return PageViolations(mask, batch.of_vma(batch.table.anon_vma), actual)

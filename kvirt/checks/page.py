@@ -8,6 +8,8 @@ import numpy as np
 from kvirt.checks.registry import PageBatch, PageViolations, page_check
 from kvirt.findings import Severity
 from kvirt.layout import Layout
+from kvirt.mm.arrays import constant
+from kvirt.mm.pagetable import Bool
 
 
 @page_check(
@@ -26,7 +28,7 @@ def folio_index(batch: PageBatch) -> PageViolations:
     pages in huge pages, and are judged so.
     """
     expected, actual = batch.expected_index(), batch.index()
-    judged = batch.folios.is_anon() & ~batch.table.temporary_stack[batch.row]
+    judged = batch.folios.is_anon() & ~batch.of_vma(batch.table.temporary_stack)
     return PageViolations(judged & (expected != actual), expected, actual)
 
 
@@ -42,7 +44,7 @@ def folio_anon_vma(batch: PageBatch) -> PageViolations:
     """Rmap of the folio finds this VMA at all."""
     actual = batch.folios.anon_vma()
     mask = batch.off_chain(np.flatnonzero(batch.folios.is_anon()), actual, unfaulted=True)
-    return PageViolations(mask, batch.table.anon_vma[batch.row], actual)
+    return PageViolations(mask, batch.of_vma(batch.table.anon_vma), actual)
 
 
 @page_check(
@@ -56,8 +58,8 @@ def folio_anon_vma(batch: PageBatch) -> PageViolations:
 def anon_folio_in_noncow(batch: PageBatch) -> PageViolations:
     """No anonymous folio in a shared mapping."""
     anonymous = batch.folios.is_anon() | batch.folios.is_ksm()
-    zero = np.zeros(len(batch.address), dtype=np.uint64)
-    return PageViolations(anonymous & ~batch.table.cow[batch.row], zero, batch.folios.mapping)
+    zero = constant(np.uint64(0), len(batch.address))
+    return PageViolations(anonymous & ~batch.of_vma(batch.table.cow), zero, batch.folios.mapping)
 
 
 @page_check(
@@ -75,8 +77,11 @@ def file_index(batch: PageBatch) -> PageViolations:
     VM_MIXEDMAP mappings, storage that is mapped directly (DAX), pages of another file than the VMA's, and
     pages that are no file's any more (truncated).
     """
+    file = batch.folios.is_file()
+    if not file.any():
+        return PageViolations.none(batch)
     expected, actual = batch.expected_file_index(), batch.index()
-    return PageViolations(batch.folios.is_file() & (expected != actual), expected, actual)
+    return PageViolations(file & (expected != actual), expected, actual)
 
 
 def _marks_exclusive(layout: Layout) -> bool:
@@ -106,14 +111,14 @@ def folio_exclusive(batch: PageBatch) -> PageViolations:
     folios = batch.folios
     exclusive = (folios.flags & np.uint64(batch.layout.pg_anon_exclusive)) != 0
     count = folios.page_mapcount + folios.entire_mapcount
-    counted = np.ones(len(count), dtype=bool)
+    counted: Bool = constant(np.bool_(True), len(count))
     if batch.level and "large_mapcount" in batch.layout.large_counts:
         count = folios.large_mapcount
     elif not batch.level:
         counted = ~folios.large | (count > 0)
-    once = np.ones(len(count), dtype=np.uint64)
+    once = constant(np.uint64(1), len(count))
     bad = batch.present & folios.is_anon() & exclusive & counted & (count != 1)
-    return PageViolations(bad, once, count.astype(np.uint64))
+    return PageViolations(bad, once, count.view(np.uint64))
 
 
 @page_check(
@@ -130,5 +135,7 @@ def folio_tail(batch: PageBatch) -> PageViolations:
     What such a page's folio says of itself is not looked at, so nothing else is reported of the page.
     """
     folios = batch.folios
+    if not folios.astray.any():
+        return PageViolations.none(batch)
     last = folios.head + folios.nr_pages.astype(np.uint64) - np.uint64(1)
     return PageViolations(folios.astray, last, batch.pfn)

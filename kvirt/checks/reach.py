@@ -46,9 +46,9 @@ def folio_rmap_reach(batch: PageBatch) -> PageViolations:
     with the kernel's own shortcuts. Not judged here: folios with a wrong index or anon_vma.
     """
     table, folios = batch.table, batch.folios
-    mask: Bool = np.zeros(len(batch.row), dtype=bool)
     if not table.unsound:
-        return PageViolations(mask, folios.index, folios.index)
+        return PageViolations.none(batch)
+    mask: Bool = np.zeros(len(batch.row), dtype=bool)
     expected, index = batch.expected_index(), batch.index()
     unsound = np.fromiter(table.unsound, dtype=np.uint64)
     anon_vma = folios.anon_vma()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
+from kvirt.mm.arrays import Scalar, constant, is_constant, pick
 from kvirt.mm.folio import Folios
 from kvirt.mm.forest import AnonTree, Family
 from kvirt.mm.i_mmap import FilePlace, FileTrees
@@ -103,14 +104,23 @@ class VmaTable:
     def at(self, values: Bool, row: npt.NDArray[np.intp]) -> Bool:
         """What the VMA of each row has; no VMA, nothing."""
         if not self.vmas:
-            return np.zeros(len(row), dtype=bool)
-        return values[row]
+            return constant(np.bool_(False), len(row))
+        return pick(values, row)
 
     def find(self, addresses: U64) -> npt.NDArray[np.intp]:
-        """Row of the VMA that covers each address, -1 if none does."""
-        if not self.vmas:
+        """Row of the VMA that covers each address, -1 if none does.
+
+        :param addresses: ascending
+        """
+        if not self.vmas or not len(addresses):
             return np.full(len(addresses), -1, dtype=np.intp)
-        row = np.searchsorted(self.start, addresses, side="right").astype(np.intp) - 1
+        first, last = (np.searchsorted(self.start, addresses[[0, -1]], side="right") - 1).tolist()
+        if first == last and first >= 0 and addresses[-1] < self.end[first]:
+            return constant(np.intp(first), len(addresses))
+        # Each VMA is looked for among the addresses: there are fewer of them.
+        rows = np.arange(first, last + 1)
+        begins = np.searchsorted(addresses, self.start[first + 1 : last + 1])
+        row = np.repeat(rows, np.diff(begins, prepend=0, append=len(addresses)))
         row[addresses >= self.end[row]] = -1
         return row
 
@@ -142,6 +152,10 @@ class PageBatch:
         """``linear_page_index()`` of each page."""
         return self._linear(self.table.vm_pgoff)
 
+    def of_vma(self, values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+        """What the VMA of each page has, of an array of the table."""
+        return pick(values, self.row)
+
     def off_chain(self, which: npt.NDArray[np.intp], anon_vma: U64, *, unfaulted: bool) -> Bool:
         """Of which pages the anon_vma is not in the chain of their VMA.
 
@@ -152,36 +166,49 @@ class PageBatch:
         :param unfaulted: whether to take the chain of a VMA without an anon_vma of its own for empty
         """
         mask = np.zeros(len(self.row), dtype=bool)
+        whole = len(which) == len(mask)
+        rows, on = (self.row, anon_vma) if whole else (self.row[which], anon_vma[which])
         # Neighbours mostly agree: judge each run of the same VMA and anon_vma once.
-        change = np.flatnonzero((np.diff(self.row[which]) != 0) | (np.diff(anon_vma[which]) != 0)) + 1
+        change = on[1:] != on[:-1]
+        if not is_constant(rows):
+            change |= rows[1:] != rows[:-1]
+        begins = np.flatnonzero(change) + 1
         verdicts: dict[tuple[int, int], bool] = {}
-        for run in np.split(which, change) if len(which) else ():
-            key = row, on = int(self.row[run[0]]), int(anon_vma[run[0]])
+        begin = 0
+        for end in [*begins.tolist(), len(which)] if len(which) else ():
+            key = row, one = int(rows[begin]), int(on[begin])
             if key not in verdicts:
                 vma = self.table.vmas[row]
                 chain = self.table.space.chains[vma.address]
-                off = on not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
+                off = one not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
                 verdicts[key] = chain.broken is None and off
-            mask[run] = verdicts[key]
+            if verdicts[key]:
+                mask[which[begin:end]] = True
+            begin = end
         return mask
 
     def index(self) -> U64:
         """``folio->index`` plus the page's number within the folio."""
-        return self.folios.index + ((self.pfn - self.folios.head) >> self._unit())
+        if self.folios.head is self.pfn:
+            return self.folios.index
+        number = self.pfn - self.folios.head
+        unit = self._unit()
+        return self.folios.index + (number if unit is None else number >> unit)
 
     def _linear(self, pgoff: U64) -> U64:
         unit, row = self._unit(), self.row
-        delta = (self.address - self.table.start[row]) >> np.uint64(self.layout.page_shift)
-        return (pgoff[row] >> unit) + (delta >> unit)
+        delta = (self.address - pick(self.table.start, row)) >> np.uint64(self.layout.page_shift)
+        first = pick(pgoff, row)
+        return first + delta if unit is None else (first >> unit) + (delta >> unit)
 
-    def _unit(self) -> U64:
-        """Order of the units in which the folio of each page is indexed.
+    def _unit(self) -> U64 | None:
+        """Order of the units in which the folio of each page is indexed; None where all are base pages.
 
         Those of hugetlb were huge pages once (include/linux/pagemap.h: linear_page_index() before 6.7),
         of which an entry maps one.
         """
         if self.layout.hugetlb_index_in_pages:
-            return np.zeros(len(self.row), dtype=np.uint64)
+            return None
         order = self.pages.bit_length() - 1
         return np.where(self.table.hugetlb[self.row], np.uint64(order), np.uint64(0))
 
@@ -203,6 +230,13 @@ class PageViolations:
     actual: U64
     legal: Bool | None = None
     """Which of them are told for information only."""
+
+    @classmethod
+    def none(cls, batch: PageBatch) -> PageViolations:
+        """None of a batch."""
+        pages = len(batch.address)
+        zero = constant(np.uint64(0), pages)
+        return cls(constant(np.bool_(False), pages), zero, zero)
 
 
 MmRun = Callable[[AddressSpace], Iterator[Violation]]

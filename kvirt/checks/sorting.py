@@ -11,6 +11,7 @@ import numpy as np
 from kvirt.checks.registry import EntryBatch, PageBatch, VmaTable
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
+from kvirt.mm.arrays import pick, take
 from kvirt.mm.folio import read_folios
 from kvirt.mm.ksm import Ksm, RmapItems
 from kvirt.mm.pagetable import (
@@ -81,7 +82,7 @@ class _Counter:
         self.doubts: list[tuple[str, Leaves]] = []
 
     def skip(self, reason: str, leaves: Leaves, mask: Bool) -> None:
-        number = int(mask.sum())
+        number = int(np.count_nonzero(mask))
         if not number:
             return
         self._counts.skipped[reason] += number * self._size
@@ -112,22 +113,28 @@ class Sorter:
         """Sort out what cannot be judged, count it, and read the folios of the rest."""
         counter = _Counter(counts, leaves.pages)
         present = leaf_present(leaves)
+        if present.all():
+            batch, batch_leaves = self._sort_pages(leaves, present, counts, counter)
+            return Sorted(batch, batch_leaves, [], counter.doubts)
         type_ = swap_type(leaves)
         for reason, types in self._no_page.items():
             counter.skip(reason, leaves, ~present & types[type_])
         in_memory = present | self._is_stand_in[type_]
-        batch, batch_leaves = self._sort_pages(leaves.take(in_memory), counts, counter)
+        batch, batch_leaves = self._sort_pages(leaves.take(in_memory), present[in_memory], counts, counter)
         swapped = self._sort_swap(leaves.take(~present & self._is_swap[type_]), counts, counter)
         absent = ~batch.present & batch.folios.is_anon()
         stand_ins = _entries(batch, absent), batch_leaves.take(absent)
         return Sorted(batch, batch_leaves, [swapped, stand_ins], counter.doubts)
 
-    def _sort_pages(self, leaves: Leaves, counts: PageCounts, counter: _Counter) -> tuple[PageBatch, Leaves]:
+    def _sort_pages(
+        self, leaves: Leaves, present: Bool, counts: PageCounts, counter: _Counter
+    ) -> tuple[PageBatch, Leaves]:
         """Entries that map or stand for pages in memory."""
         layout, table, size = self._layout, self._table, leaves.pages
         counts.present += len(leaves) * size
-        present = leaf_present(leaves)
-        pfn = np.where(present, leaf_pfn(layout, leaves), swap_pfn(layout, leaves))
+        pfn = leaf_pfn(layout, leaves)
+        if not present.all():
+            pfn = np.where(present, pfn, swap_pfn(layout, leaves))
         row = table.find(leaves.address)
         zero = self._is_zero(pfn, leaves.level) & present
         special = leaf_special(leaves) & present & ~zero
@@ -135,7 +142,7 @@ class Sorter:
         for reason, mask in ((ZERO, zero), (SPECIAL, special), (NO_VMA, no_vma)):
             counter.skip(reason, leaves, mask)
         keep = ~(zero | special | no_vma)
-        leaves, pfn, row, present = leaves.take(keep), pfn[keep], row[keep], present[keep]
+        leaves, pfn, row, present = leaves.take(keep), take(pfn, keep), take(row, keep), take(present, keep)
 
         folios = read_folios(self._prog, layout, pfn)
         poisoned = folios.readable & ((folios.flags & np.uint64(layout.pg_hwpoison)) != 0)
@@ -149,7 +156,7 @@ class Sorter:
         # VM_PFNMAP or VM_MIXEDMAP: vm_normal_page(), mm/memory.c
         raw = file & table.at(table.raw, row)
         dax = file & ~raw & table.at(table.dax, row)
-        own = folios.mapping == table.f_mapping[row]
+        own = folios.mapping == pick(table.f_mapping, row)
         other_file = sound & ~(folios.astray | foreign | bare | anon | ksm | raw | dax | own)
         items = self._ksm.rmap_items(leaves.address, pfn, folios)
         unknown_ksm = ksm & ~items.found & ~items.broken
@@ -167,20 +174,20 @@ class Sorter:
         ):
             counter.skip(reason, leaves, mask)
         keep = sound & ~(foreign | bare | raw | dax | other_file)
-        counts.anon += int(anon.sum()) * size
+        counts.anon += int(np.count_nonzero(anon)) * size
         judged = keep & (~ksm | items.found) & ~building
-        counts.verified += int((judged & (anon | ksm)).sum()) * size
-        counts.checked += int(judged.sum()) * size
+        counts.verified += int(np.count_nonzero(judged & (anon | ksm))) * size
+        counts.checked += int(np.count_nonzero(judged)) * size
         batch = PageBatch(
             layout,
             table,
             leaves.level,
             size,
-            leaves.address[keep],
-            pfn[keep],
-            row[keep],
+            take(leaves.address, keep),
+            take(pfn, keep),
+            take(row, keep),
             folios.take(keep),
-            present[keep],
+            take(present, keep),
             items.take(keep),
         )
         return batch, leaves.take(keep)

@@ -14,6 +14,7 @@ import drgn
 from drgn.helpers.linux.mm import follow_phys
 
 from kvirt.errors import KvirtError
+from kvirt.memory import core_of
 
 
 class Overlay:
@@ -51,6 +52,9 @@ class Overlay:
         self.write(member.address_, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
 
     def _segment(self, address: int, data: bytes, *, physical: bool) -> None:
+        core = core_of(self._prog)
+        if core is not None and physical:
+            core.hide(address, len(data))
         known = (address, physical) in self._patches
         self._patches[address, physical] = data
         if known:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import drgn
 import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
+from kvirt.mm.arrays import constant, runs, take
+from kvirt.mm.memmap import read_struct_pages
 from kvirt.mm.pagetable import U64, Bool
 
 I64 = npt.NDArray[np.int64]
@@ -18,11 +20,6 @@ I64 = npt.NDArray[np.int64]
 FOLIO_MAPPING_ANON = np.uint64(1)
 FOLIO_MAPPING_KSM = np.uint64(3)
 FOLIO_MAPPING_FLAGS = np.uint64(3)
-
-# Struct pages this close are read together: one read of 16 KiB costs less than two of 64 bytes.
-_GAP_PAGES = 256
-# And a run ends here, so that one bad spot does not spoil much and memory stays bounded.
-_RUN_PAGES = 1 << 16
 
 
 @dataclass(slots=True)
@@ -58,77 +55,35 @@ class Folios:
 
     def take(self, mask: Bool) -> Folios:
         """Some of the page frames."""
-        return Folios(
-            self.readable[mask],
-            self.flags[mask],
-            self.head[mask],
-            self.mapping[mask],
-            self.index[mask],
-            self.private[mask],
-            self.astray[mask],
-            self.large[mask],
-            self.nr_pages[mask],
-            self.page_mapcount[mask],
-            self.entire_mapcount[mask],
-            self.large_mapcount[mask],
-        )
+        if mask.all():
+            return self
+        return Folios(*(take(getattr(self, one.name), mask) for one in fields(self)))
 
     def is_anon(self) -> Bool:
         """Anonymous and not KSM."""
-        anon: Bool = (self.mapping & FOLIO_MAPPING_FLAGS) == FOLIO_MAPPING_ANON
+        anon: Bool = self._kind() == int(FOLIO_MAPPING_ANON)
         return anon
 
     def is_ksm(self) -> Bool:
         """``folio_test_ksm()``."""
-        ksm: Bool = (self.mapping & FOLIO_MAPPING_FLAGS) == FOLIO_MAPPING_KSM
+        ksm: Bool = self._kind() == int(FOLIO_MAPPING_KSM)
         return ksm
 
     def is_file(self) -> Bool:
         """Neither anonymous nor of a driver that says so by the low bits."""
-        file: Bool = ((self.mapping & FOLIO_MAPPING_FLAGS) == 0) & (self.mapping != 0)
+        file: Bool = self._kind() == 0
+        if file.any():
+            file &= self.mapping != 0
         return file
+
+    def _kind(self) -> npt.NDArray[np.uint8]:
+        # A byte each: these are asked for again and again.
+        kind: npt.NDArray[np.uint8] = self.mapping.astype(np.uint8) & np.uint8(FOLIO_MAPPING_FLAGS)
+        return kind
 
     def anon_vma(self) -> U64:
         """``folio_anon_vma()`` where :meth:`is_anon`."""
         return self.mapping & ~FOLIO_MAPPING_FLAGS
-
-
-def _read_pages(prog: drgn.Program, layout: Layout, pfns: U64) -> tuple[npt.NDArray[np.void], Bool]:
-    """Struct pages of page frames in ascending order, and which could be read."""
-    size = layout.page.size
-    out = np.zeros(len(pfns), dtype=layout.page_dtype)
-    good = np.ones(len(pfns), dtype=bool)
-    # A page frame that no memory can have is damage, and its struct page may lie past the last address.
-    frames = (layout.physical_mask >> layout.page_shift) + 1
-    limit = np.uint64(min(frames, ((1 << 64) - layout.vmemmap) // size))
-
-    def read_run(start: int, end: int) -> None:
-        first = int(pfns[start])
-        count = int(pfns[end - 1]) - first + 1
-        try:
-            data = prog.read(layout.vmemmap + first * size, count * size)
-        except drgn.FaultError:
-            if end - start == 1:
-                good[start] = False
-            else:
-                # Halve until the bad ones are alone; there are few.
-                middle = (start + end) // 2
-                read_run(start, middle)
-                read_run(middle, end)
-            return
-        run = np.frombuffer(data, dtype=layout.page_dtype)
-        out[start:end] = run[(pfns[start:end] - pfns[start]).astype(np.intp)]
-
-    valid = int(np.searchsorted(pfns, limit))
-    good[valid:] = False
-    start = 0
-    gaps = np.flatnonzero(np.diff(pfns[:valid]) > _GAP_PAGES) + 1
-    for stop in [*gaps.tolist(), valid]:
-        while start < stop:
-            end = int(np.searchsorted(pfns[:stop], pfns[start] + np.uint64(_RUN_PAGES)))
-            read_run(start, end)
-            start = end
-    return out, good
 
 
 def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
@@ -136,45 +91,67 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
 
     A page frame without readable struct page is marked, not raised.
     """
-    unique, where = np.unique(pfns, return_inverse=True)
-    pages, readable = _read_pages(prog, layout, unique)
-    compound = pages["compound"].astype(np.uint64)
-    tail = (compound & np.uint64(1)) != 0
+    pages, readable = read_struct_pages(prog, layout, pfns)
+    number = len(pfns)
+    flags = pages["flags"].astype(np.uint64)
+    tail = (pages["compound"] & np.uint64(1)) != 0
+    if not tail.any() and not (flags & np.uint64(layout.pg_head)).any():
+        # All of them small, as most are.
+        zero = constant(np.int64(0), number)
+        return Folios(
+            readable=readable,
+            flags=flags,
+            head=pfns,
+            mapping=pages["mapping"].astype(np.uint64),
+            index=pages["index"].astype(np.uint64),
+            private=pages["private"],
+            astray=constant(np.bool_(False), number),
+            large=constant(np.bool_(False), number),
+            nr_pages=constant(np.int64(1), number),
+            page_mapcount=_counter(pages["mapcount"]),
+            entire_mapcount=zero,
+            large_mapcount=zero,
+        )
+    heads = _heads(layout, pfns, pages["compound"].astype(np.uint64), tail)
+    # Pages of one folio are mostly neighbours.
+    first, where = runs(heads)
+    head_pages, head_readable = read_struct_pages(prog, layout, heads[first])
+    is_large = head_readable & ((head_pages["flags"] & np.uint64(layout.pg_head)) != 0)
+    counts = _read_large(prog, layout, heads[first], is_large)
+    good = readable & (head_readable & counts.readable)[where]
+    # A page before the head wraps to a large number.
+    astray = good & tail & (pfns - heads >= counts.pages[where].astype(np.uint64))
+    sane = good & ~astray
+    return Folios(
+        readable=good,
+        flags=flags,
+        head=heads,
+        mapping=np.where(sane, head_pages["mapping"][where], np.uint64(0)),
+        index=np.where(sane, head_pages["index"][where], np.uint64(0)),
+        private=np.where(sane, head_pages["private"][where], np.uint64(0)),
+        astray=astray,
+        large=is_large[where],
+        nr_pages=counts.pages[where],
+        page_mapcount=_counter(pages["mapcount"]) - counts.double[where],
+        entire_mapcount=counts.entire[where],
+        large_mapcount=counts.large[where],
+    )
+
+
+def _heads(layout: Layout, pfns: U64, compound: U64, tail: Bool) -> U64:
+    """Page frames of the first pages that pages lead to: ``_compound_head()``, include/linux/page-flags.h.
+
+    Wild pointers give page frames beyond all memory, which are found unreadable.
+    """
     base, size = np.uint64(layout.vmemmap), np.uint64(layout.page.size)
-    pointers = base + unique * size
+    pointers = base + pfns * size
     if layout.compound_mask:
         pointers = np.where(tail, pointers & compound, pointers)
     else:
         # A leaf of a hugetlb folio maps its first page, so the fake heads that its optimised vmemmap
         # has are never met here.
         pointers = np.where(tail, compound - np.uint64(1), pointers)
-    # Wild pointers give page frames beyond all memory, and are found unreadable.
-    heads = (pointers - base) // size
-    head_unique, head_where = np.unique(heads, return_inverse=True)
-    head_pages, head_readable = _read_pages(prog, layout, head_unique)
-    is_large = head_readable & ((head_pages["flags"].astype(np.uint64) & np.uint64(layout.pg_head)) != 0)
-    counts = _read_large(prog, layout, head_unique, is_large)
-    good = readable & (head_readable & counts.readable)[head_where]
-    # A page before the head wraps to a large number.
-    astray = good & tail & (unique - heads >= counts.pages[head_where].astype(np.uint64))
-    sane = good & ~astray
-    mapping = np.where(sane, head_pages["mapping"].astype(np.uint64)[head_where], np.uint64(0))
-    index = np.where(sane, head_pages["index"].astype(np.uint64)[head_where], np.uint64(0))
-    private = np.where(sane, head_pages["private"].astype(np.uint64)[head_where], np.uint64(0))
-    return Folios(
-        readable=good[where],
-        flags=pages["flags"].astype(np.uint64)[where],
-        head=heads[where],
-        mapping=mapping[where],
-        index=index[where],
-        private=private[where],
-        astray=astray[where],
-        large=is_large[head_where][where],
-        nr_pages=counts.pages[head_where][where],
-        page_mapcount=(_counter(pages["mapcount"]) - counts.double[head_where])[where],
-        entire_mapcount=counts.entire[head_where][where],
-        large_mapcount=counts.large[head_where][where],
-    )
+    return (pointers - base) // size
 
 
 @dataclass(slots=True)
@@ -198,7 +175,7 @@ def _counter(stored: npt.NDArray[np.int32]) -> I64:
 def _read_large(prog: drgn.Program, layout: Layout, heads: U64, is_large: Bool) -> _LargeCounts:
     """Read the counts of those folios that are large (``struct folio``, include/linux/mm_types.h).
 
-    :param heads: their first page frames, ascending
+    :param heads: their first page frames
     """
     zeros = np.zeros(len(heads), dtype=np.int64)
     counts = _LargeCounts(
@@ -208,7 +185,7 @@ def _read_large(prog: drgn.Program, layout: Layout, heads: U64, is_large: Bool) 
     if not len(where):
         return counts
     # hugetlb's optimised vmemmap keeps the first page of struct pages, so the second is a real one.
-    second, counts.readable[where] = _read_pages(prog, layout, heads[where] + np.uint64(1))
+    second, counts.readable[where] = read_struct_pages(prog, layout, heads[where] + np.uint64(1))
     for name, into in (("entire_mapcount", counts.entire), ("large_mapcount", counts.large)):
         if name in layout.large_counts:
             into[where] = _counter(second[name])

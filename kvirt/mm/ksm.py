@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import drgn
 import numpy as np
 
 from kvirt.layout import KsmLayout, Layout
+from kvirt.mm.arrays import constant, differs, take
 from kvirt.mm.folio import FOLIO_MAPPING_FLAGS, Folios
 from kvirt.mm.pagetable import U64, Bool
 
@@ -32,20 +33,17 @@ class RmapItems:
     @classmethod
     def none(cls, pages: int) -> RmapItems:
         """For pages that KSM has not merged."""
-        zero = np.zeros(pages, dtype=np.uint64)
-        return cls(zero, np.zeros(pages, dtype=bool), zero.copy(), zero.copy())
+        zero = constant(np.uint64(0), pages)
+        return cls(zero, constant(np.bool_(False), pages), zero, zero)
 
     @property
     def found(self) -> Bool:
         """Which pages have an rmap_item."""
-        found: Bool = self.address != 0
-        return found
+        return differs(self.address, np.uint64(0))
 
     def take(self, mask: Bool) -> RmapItems:
         """Some of the pages."""
-        return RmapItems(
-            self.address[mask], self.broken[mask], self.linear_page_index[mask], self.anon_vma[mask]
-        )
+        return RmapItems(*(take(getattr(self, one.name), mask) for one in fields(self)))
 
 
 class Ksm:
@@ -63,11 +61,13 @@ class Ksm:
 
     def rmap_items(self, addresses: U64, pfns: U64, folios: Folios) -> RmapItems:
         """The rmap_items of pages, where their folios are KSM's and the kernel keeps indexes."""
-        items = RmapItems.none(len(addresses))
         how = self._layout.ksm
-        if how is None:
-            return items
-        for i in np.flatnonzero(folios.is_ksm()).tolist():
+        merged = np.flatnonzero(folios.is_ksm())
+        if how is None or not len(merged):
+            return RmapItems.none(len(addresses))
+        zero = np.zeros(len(addresses), dtype=np.uint64)
+        items = RmapItems(zero, np.zeros(len(addresses), dtype=bool), zero.copy(), zero.copy())
+        for i in merged.tolist():
             node = int(folios.mapping[i]) & ~int(FOLIO_MAPPING_FLAGS)
             key = node, int(pfns[i])
             if key not in self._nodes:

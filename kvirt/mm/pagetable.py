@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
+from kvirt.memory import core_of
 
 U64 = npt.NDArray[np.uint64]
 U8 = npt.NDArray[np.uint8]
@@ -18,6 +19,8 @@ Bool = npt.NDArray[np.bool_]
 
 _ENTRIES = 512
 _TABLE_BYTES = 4096
+HUGE_BYTES = _ENTRIES * _TABLE_BYTES
+"""Of what one entry of a table of the second level maps."""
 # arch/x86/include/asm/pgtable_types.h
 _PAGE_PRESENT = np.uint64(1 << 0)
 _PAGE_RW = np.uint64(1 << 1)
@@ -42,6 +45,9 @@ SWP_TYPE_BITS = 5
 _SWP_OFFSET_SHIFT = 9 + SWP_TYPE_BITS
 # PTE tables decoded at once: 1 Mi pages. Bounds memory, whatever the size of the process.
 _TABLES_AT_ONCE = 2048
+# And where nothing is won by reading much at once: what belongs to 32 Ki pages stays in a processor's cache
+# while it is judged.
+_TABLES_IN_CACHE = 64
 # Tables that are tried one by one when they cannot be read; the rest of those is then given up unread.
 _UNREADABLE_MAX = 1 << 12
 
@@ -67,6 +73,8 @@ class Leaves:
 
     def take(self, mask: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Leaves:
         """Some of the entries."""
+        if mask.dtype == np.bool_ and mask.all():
+            return self
         return Leaves(self.address[mask], self.entry[mask], self.level)
 
 
@@ -103,9 +111,12 @@ def leaf_pfn(layout: Layout, leaves: Leaves) -> U64:
     Entries that the processor must not follow keep their page frame inverted against speculation
     (arch/x86/include/asm/pgtable-invert.h).
     """
-    inverted = np.where((leaves.entry & _PAGE_PRESENT) == 0, ~leaves.entry, leaves.entry)
+    entry = leaves.entry
+    inverted = (entry & _PAGE_PRESENT) == 0
+    if inverted.any():
+        entry = np.where(inverted, ~entry, entry)
     mask = layout.physical_mask & ~((_TABLE_BYTES * leaves.pages) - 1)
-    return (inverted & np.uint64(mask)) >> np.uint64(layout.page_shift)
+    return (entry & np.uint64(mask)) >> np.uint64(layout.page_shift)
 
 
 def swap_type(leaves: Leaves) -> U8:
@@ -136,11 +147,46 @@ def swap_pfn(layout: Layout, leaves: Leaves) -> U64:
     return swap_offset(leaves) & np.uint64(layout.swp_pfn_mask)
 
 
+def kernel_huge_page(prog: drgn.Program, layout: Layout, address: int) -> int | None:
+    """Physical address of the PMD-sized page that the kernel maps at an address, None if it maps no such one.
+
+    :raises drgn.FaultError: if the kernel's page tables cannot be read
+    """
+    table, physical = int(prog["init_mm"].pgd.value_()), False
+    mask = layout.physical_mask & ~(_TABLE_BYTES - 1)
+    for level in range(layout.pgtable_levels - 1, 0, -1):
+        slot = address >> (layout.page_shift + 9 * level) & (_ENTRIES - 1)
+        entry = prog.read_u64(table + 8 * slot, physical)
+        if not entry & int(_PAGE_PRESENT):
+            return None
+        if entry & int(_PAGE_PSE):
+            span = layout.page_size << 9 * level
+            return int((entry & mask & ~(span - 1)) + address % span) if level < 3 else None
+        table, physical = entry & mask, True
+    return None
+
+
 def _read_tables(
     prog: drgn.Program, layout: Layout, entries: U64, addresses: U64, troubles: WalkTroubles
 ) -> tuple[U64, U64]:
     """Read the tables that entries point to: (n, 512) entries, and the n addresses they start at."""
     physical = entries & np.uint64(layout.physical_mask & ~(_TABLE_BYTES - 1))
+    core = core_of(prog)
+    if core is None:
+        return _read_runs(prog, physical, addresses, troubles)
+    at = core.find(physical >> np.uint64(layout.page_shift))
+    here = at >= 0
+    tables = core.gather(at[here], _TABLE_BYTES).view("<u8").reshape(-1, _ENTRIES)
+    if here.all():
+        return tables, addresses
+    rest, rest_at = _read_runs(prog, physical[~here], addresses[~here], troubles)
+    found = np.concatenate((addresses[here], rest_at))
+    order = np.argsort(found)
+    return np.concatenate((tables, rest))[order], found[order]
+
+
+def _read_runs(prog: drgn.Program, physical: U64, addresses: U64, troubles: WalkTroubles) -> tuple[U64, U64]:
+    """As :func:`_read_tables`, through drgn."""
     chunks: list[bytes] = []
     good = np.ones(len(physical), dtype=bool)
     # Neighbours in the address space are often neighbours in memory: read such runs at once.
@@ -163,9 +209,14 @@ def _read_tables(
 
 def _children(tables: U64, bases: U64, level: int, shift: int) -> tuple[U64, U64]:
     """Entries of tables that are not empty, and the addresses that they start at."""
-    rows, columns = np.nonzero(tables & ~_ERRATUM)
     span = np.uint64(shift + 9 * level)
-    return tables[rows, columns], bases[rows] + (columns.astype(np.uint64) << span)
+    used = (tables & ~_ERRATUM) != 0
+    if used.all():
+        addresses = bases[:, np.newaxis] + (np.arange(_ENTRIES, dtype=np.uint64) << span)
+        return tables.reshape(-1), addresses.reshape(-1)
+    where = np.flatnonzero(used)
+    columns = (where % _ENTRIES).astype(np.uint64)
+    return tables.reshape(-1)[where], bases[where // _ENTRIES] + (columns << span)
 
 
 def _bad(entries: U64) -> Bool:
@@ -234,10 +285,11 @@ def for_each_leaf(
             return
         tables, bases = _read_tables(prog, layout, entries, addresses, troubles)
         level -= 1
-    for start in range(0, len(entries), _TABLES_AT_ONCE):
-        part = slice(start, start + _TABLES_AT_ONCE)
+    at_once = _TABLES_AT_ONCE if core_of(prog) is None else _TABLES_IN_CACHE
+    for start in range(0, len(entries), at_once):
+        part = slice(start, start + at_once)
         tables, bases = _read_tables(prog, layout, entries[part], addresses[part], troubles)
         found, at = _children(tables, bases, 0, shift)
-        keep = _wanted(at, layout.page_size, wanted)
-        if keep.any():
-            yield Leaves(at[keep], found[keep], 0)
+        leaves = Leaves(at, found, 0).take(_wanted(at, layout.page_size, wanted))
+        if len(leaves):
+            yield leaves

@@ -12,6 +12,7 @@ from kvirt.checks.task import check_task
 from kvirt.findings import Severity
 from kvirt.lab.workload.regions import expand
 from kvirt.layout import Scheme
+from kvirt.memory import core_of, unmap_core
 from kvirt.mm.forest import read_family
 
 # Reachable without a kernel bug, and provoked by these processes on purpose: MADV_WIPEONFORK leaves
@@ -163,6 +164,17 @@ def test_a_bulk_reading_sees_what_a_plain_loop_sees(dump, whole):
             if r["pid"] == pid and not r["prot"]
         )
         assert int(match[1]) + hidden == whole.reports[pid].pages.anon, name
+
+
+def test_reading_the_file_and_reading_through_drgn_are_the_same(dump, whole):
+    target = dump.open()
+    assert core_of(target.prog) is not None
+    unmap_core(target.prog)
+    checker = ProcessChecker(target.prog, whole.layout, moves=False)
+    for process in whole.processes:
+        report, known = check_task(checker, process), whole.reports[process.pid]
+        assert (report.pages, report.findings) == (known.pages, known.findings)
+        assert report.incomplete == known.incomplete
 
 
 def test_the_kernels_own_walk_finds_every_page(dump, whole, monkeypatch):

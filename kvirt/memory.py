@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Bulk reads of physical memory, straight from the file where the target is an ELF core.
+
+drgn reads a core by a system call for each page, and hands out copies. Here the file is mapped, and what is
+wanted is gathered from it in one go. This module alone decides what is read so; everything else, cores of
+other formats and running kernels among it, is read through drgn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import drgn
+import numpy as np
+import numpy.typing as npt
+
+from kvirt.elfcore import PT_LOAD, ProgramHeader, read_elf_core
+
+U64 = npt.NDArray[np.uint64]
+Places = npt.NDArray[np.int64]
+
+PAGE_BYTES = 4096
+_CACHE_KEY = "kvirt.core"
+# What is looked at has so much of the file mapped around it (fault_around_bytes, mm/memory.c), and counts as
+# this process's memory until it is given back.
+_WINDOW = 64 << 10
+_ARRAY_BYTES_MAX = 24 << 20
+_WINDOWS_MAX = (256 << 20) // _WINDOW
+
+
+class Core:
+    """The memory in an ELF core."""
+
+    def __init__(self, path: Path, loads: Sequence[ProgramHeader]) -> None:
+        """Map a core.
+
+        :param loads: its segments, none of which overlaps another
+        """
+        # A segment can start anywhere in the file. Those on the grid of the largest are read here.
+        largest = max(loads, key=lambda load: load.size)
+        self._grid = (largest.offset - largest.physical) % PAGE_BYTES
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Page frame of each segment's first whole page, that behind its last, and where the first is.
+        self._runs = []
+        for load in loads:
+            first = -(-load.physical // PAGE_BYTES)
+            end = (load.physical + load.size) // PAGE_BYTES
+            offset = load.offset + first * PAGE_BYTES - load.physical
+            if offset % PAGE_BYTES == self._grid and first < end:
+                self._runs.append((first, end, offset // PAGE_BYTES))
+        # glibc takes arrays of more than 128 KiB from the kernel one by one, each page of which is faulted in
+        # and cleared, until one that is larger than they has been freed (mallopt(3), M_MMAP_THRESHOLD).
+        np.empty(_ARRAY_BYTES_MAX, dtype=np.uint8)
+        self._views: dict[int, npt.NDArray[np.void]] = {}
+        self._mapped = np.zeros(len(self._map) // _WINDOW + 1, dtype=bool)
+        self._hidden: set[int] = set()
+        self.version = 0
+        """Changes with what is hidden."""
+
+    @property
+    def end(self) -> int:
+        """The page frame behind the last one."""
+        return max((end for _, end, _ in self._runs), default=0)
+
+    def hide(self, physical: int, size: int) -> None:
+        """Leave the pages of some bytes to drgn from now on."""
+        self._hidden.update(range(physical // PAGE_BYTES, (physical + size - 1) // PAGE_BYTES + 1))
+        self.version += 1
+
+    def find(self, frames: U64) -> Places:
+        """Where page frames are, in pages as :meth:`gather` counts them; -1 for those to be read by drgn."""
+        at = np.full(len(frames), -1, dtype=np.int64)
+        for first, end, place in self._runs:
+            inside = (frames >= np.uint64(first)) & (frames < np.uint64(end))
+            at[inside] = frames[inside].astype(np.int64) + (place - first)
+        if self._hidden:
+            at[np.isin(frames, np.array(sorted(self._hidden), dtype=np.uint64))] = -1
+        return at
+
+    def gather(self, at: Places, size: int) -> npt.NDArray[np.void]:
+        """Things of *size* bytes, a power of two and a page at most, in an array of their own.
+
+        :param at: where they are, in *size* bytes; pages are where :meth:`find` says
+        """
+        if size not in self._views:
+            count = (len(self._map) - self._grid) // size
+            self._views[size] = np.frombuffer(self._map, dtype=f"V{size}", offset=self._grid, count=count)
+        out = np.empty(len(at), dtype=f"V{size}")
+        if not len(at):
+            return out
+        to_window = (_WINDOW // size).bit_length() - 1
+        first, last = int(at.min()) >> to_window, int(at.max()) >> to_window
+        close = last - first < _WINDOWS_MAX
+        step = len(at) if close else _WINDOWS_MAX // 2
+        for start in range(0, len(at), step):
+            part = slice(start, start + step)
+            for _ in range(2):
+                if close:
+                    self._mapped[first : last + 2] = True
+                else:
+                    self._mapped[at[part] >> to_window] = True
+                if np.count_nonzero(self._mapped) <= _WINDOWS_MAX:
+                    break
+                self._map.madvise(mmap.MADV_DONTNEED)
+                self._mapped[:] = False
+            # Nothing is clipped: otherwise numpy would make a copy first, in case something is out of range.
+            np.take(self._views[size], at[part], out=out[part], mode="clip")
+        return out
+
+
+def map_core(prog: drgn.Program, path: Path) -> None:
+    """Have the memory of a core be read from its file, if that is an ELF file with memory by its address.
+
+    :param path: what *prog* was opened with
+    """
+    elf = read_elf_core(path) if path.is_file() else None
+    if elf is None or not elf.little_endian:
+        return
+    loads = sorted((h for h in elf.headers if h.type == PT_LOAD and h.size), key=lambda h: h.physical)
+    apart = all(a.physical + a.size <= b.physical for a, b in itertools.pairwise(loads))
+    # /proc/kcore is no file with memory in it, whatever it looks like, and changes.
+    if loads and apart and not prog.flags & drgn.ProgramFlags.IS_LIVE:
+        prog.cache[_CACHE_KEY] = Core(path, loads)
+
+
+def core_of(prog: drgn.Program) -> Core | None:
+    """The core that a program's memory can be read from directly."""
+    core: Core | None = prog.cache.get(_CACHE_KEY)
+    return core
+
+
+def unmap_core(prog: drgn.Program) -> None:
+    """Have everything be read through drgn again."""
+    prog.cache.pop(_CACHE_KEY, None)

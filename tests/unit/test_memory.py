@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Reading a core's memory from its file."""
+
+import struct
+from types import SimpleNamespace
+
+import drgn
+import numpy as np
+import pytest
+
+from kvirt import memory
+from kvirt.elfcore import PT_LOAD
+from kvirt.memory import core_of, map_core, unmap_core
+from kvirt.mm import memmap
+from kvirt.mm.memmap import read_struct_pages
+from tests.unit.fake import VMEMMAP, Memory, make_layout
+
+# As in QEMU's dumps: behind notes of any length.
+OFFSET = 0x14A4
+
+
+def write_core(path, segments, *, order="<"):
+    """Segments as (physical address, bytes, where in the file or None for behind the last)."""
+    header = b"\x7fELF\x02" + (b"\x01" if order == "<" else b"\x02") + b"\x01" + bytes(9)
+    header += struct.pack(order + "HHIQQQIHHHHHH", 4, 62, 1, 0, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
+    at, body = OFFSET, b""
+    for physical, data, gap in segments:
+        at, body = at + gap, body + bytes(gap) + data
+        header += struct.pack(order + "IIQQQQQQ", PT_LOAD, 0, at, 0, physical, len(data), len(data), 0)
+        at += len(data)
+    path.write_bytes(header.ljust(OFFSET, b"\0") + body)
+    return path
+
+
+def pages(*numbers):
+    """Pages of which every word is a number."""
+    return b"".join(struct.pack("<Q", number) * 512 for number in numbers)
+
+
+def opened(path):
+    # Its cache is all that is used of a program here.
+    prog = SimpleNamespace(cache={}, flags=drgn.ProgramFlags(0))
+    map_core(prog, path)
+    return core_of(prog)
+
+
+def read(core, *frames):
+    at = core.find(np.array(frames, dtype=np.uint64))
+    found = core.gather(at[at >= 0], 4096).view("<u8").reshape(-1, 512)
+    assert (found == found[:, :1]).all()
+    words = iter(found[:, 0].tolist())
+    return [next(words) if place >= 0 else None for place in at]
+
+
+def test_pages_of_several_segments_in_any_order(tmp_path):
+    core = opened(write_core(tmp_path / "core", [(0x10000, pages(1, 2, 3), 0), (0x40000, pages(4), 0)]))
+    assert read(core, 0x12, 0x40, 0x10, 0x10) == [3, 4, 1, 1]
+    assert read(core, 0x13, 0x11, 0xF, 0x41, 1 << 51) == [None, 2, None, None, None]
+    assert core.end == 0x41
+
+
+def test_pages_that_a_segment_has_in_part_are_for_drgn(tmp_path):
+    core = opened(write_core(tmp_path / "core", [(0x10800, pages(1, 2)[0x800:] + b"x", 0)]))
+    assert read(core, 0x10, 0x11, 0x12) == [None, 2, None]
+
+
+def test_a_segment_off_the_grid_of_the_others_is_for_drgn(tmp_path):
+    core = opened(write_core(tmp_path / "core", [(0x10000, pages(1), 0), (0x40000, pages(2, 3), 40)]))
+    assert read(core, 0x10, 0x40, 0x41) == [None, 2, 3]
+
+
+def test_hidden_pages_are_for_drgn(tmp_path):
+    core = opened(write_core(tmp_path / "core", [(0x10000, pages(1, 2, 3, 4), 0)]))
+    version = core.version
+    core.hide(0x11FFF, 2)
+    assert read(core, 0x10, 0x11, 0x12, 0x13) == [1, None, None, 4]
+    assert core.version != version
+
+
+def test_what_was_looked_at_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_WINDOWS_MAX", 2)
+    core = opened(write_core(tmp_path / "core", [(0, pages(*range(128)), 0)]))
+    order = [n * 37 % 128 for n in range(128)]
+    assert read(core, *order) == order
+    assert np.count_nonzero(core._mapped) <= 2
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [[], [(0x10000, pages(1, 2), 0), (0x11000, pages(3), 0)], [(0x10000, b"", 0)]],
+)
+def test_cores_that_are_left_to_drgn(tmp_path, segments):
+    assert opened(write_core(tmp_path / "core", segments)) is None
+
+
+def test_other_files_are_left_to_drgn(tmp_path):
+    assert opened(write_core(tmp_path / "core", [(0, pages(1), 0)], order=">")) is None
+    (tmp_path / "kdump").write_bytes(b"KDUMP   " + bytes(8192))
+    assert opened(tmp_path / "kdump") is None
+    assert opened(tmp_path) is None
+
+
+# Two sections of the memmap, 32768 page frames each; the first is at 0x200000 and the second nowhere.
+SECTION = 2 << 20
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """Struct pages in a core, whose index is their page frame; in drgn's memory it is one more."""
+    words = np.zeros((SECTION // 64, 8), dtype="<u8")
+    words[:, 4] = np.arange(len(words))
+    physical = [(0x200000, words.tobytes(), 0), (0x10000000, pages(0), 0)]
+    made_up = Memory()
+    map_core(made_up.prog, write_core(tmp_path / "core", physical))
+    for pfn in (5, 0x8001, 0x10001):
+        made_up.put_words(VMEMMAP + 64 * pfn, [0, 0, 0, 0, pfn + 1, 0, 0, 0])
+    places = {VMEMMAP: 0x200000}
+    monkeypatch.setattr(memmap, "kernel_huge_page", lambda prog, layout, address: places.get(address))
+    return made_up.prog
+
+
+def indexes(prog, *pfns):
+    found, good = read_struct_pages(prog, make_layout(), np.array(pfns, dtype=np.uint64))
+    return [index if ok else None for index, ok in zip(found["index"].tolist(), good.tolist(), strict=True)]
+
+
+def test_struct_pages_come_from_the_file_or_else_through_drgn(made_up):
+    assert indexes(made_up, 7, 5, 0x7FFF, 5) == [7, 5, 0x7FFF, 5]
+    # 0x8001 is in no huge page; 0x10001 is beyond the core's memory; the last are nowhere.
+    assert indexes(made_up, 6, 0x10001, 0x8001, 0x8002, 1 << 51) == [6, 0x10002, 0x8002, None, None]
+
+
+def test_struct_pages_that_are_hidden_come_through_drgn(made_up):
+    assert indexes(made_up, 5) == [5]
+    core_of(made_up).hide(0x200000 + 5 * 64 + 32, 8)
+    # The whole section of them: it is not in one piece any more.
+    assert indexes(made_up, 5, 7) == [6, None]
+
+
+def test_without_the_file_everything_comes_through_drgn(made_up):
+    unmap_core(made_up)
+    assert indexes(made_up, 5, 7) == [6, None]

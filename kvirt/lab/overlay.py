@@ -28,7 +28,7 @@ class Overlay:
         if prog.flags & drgn.ProgramFlags.IS_LIVE:
             raise KvirtError("An overlay needs a kernel that stands still: name a vmcore with --core.")
         self._prog = prog
-        self._patches: dict[tuple[int, bool], bytes] = {}
+        self._before: list[tuple[int, bytes, bool]] = []
 
     def write(self, address: int, data: bytes) -> None:
         """Read *data* at a kernel virtual address, and at the physical one behind it.
@@ -51,16 +51,22 @@ class Overlay:
         size = drgn.sizeof(member)
         self.write(member.address_, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
 
+    def undo(self) -> None:
+        """Read everything as it was before the first difference."""
+        while self._before:
+            self._lay(*self._before.pop())
+
     def _segment(self, address: int, data: bytes, *, physical: bool) -> None:
+        self._before.append((address, self._prog.read(address, len(data), physical), physical))
+        self._lay(address, data, physical)
+
+    def _lay(self, address: int, data: bytes, physical: bool) -> None:
         core = core_of(self._prog)
         if core is not None and physical:
             core.hide(address, len(data))
-        known = (address, physical) in self._patches
-        self._patches[address, physical] = data
-        if known:
-            return
 
+        # The newest segment hides what it covers of others.
         def read(at: int, count: int, offset: int, is_physical: bool) -> bytes:
-            return self._patches[address, physical][offset : offset + count]
+            return data[offset : offset + count]
 
         self._prog.add_memory_segment(address, len(data), read, physical)

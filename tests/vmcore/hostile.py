@@ -64,13 +64,11 @@ class Hostile:
         self.all = {process.pid for process in for_each_process(self.prog, moves=False).found}
         # What random pointers may lead to: memory that is there and is something else.
         self.direct_map = self.prog["page_offset_base"].value_()
-        self.writes = []
 
     def run(self, seed):
         """Damage, check, mend."""
         outcome = Outcome()
         chance = random.Random(seed)
-        self.writes = []
         scene = Scenery(self, chance)
         try:
             for _ in range(chance.choice((1, 1, 2, 4, 8, 16))):
@@ -82,11 +80,7 @@ class Hostile:
                     outcome.damaged.append(f"{kind.__name__}: not there ({error})")
             outcome.report = self.check(outcome.pids)
         finally:
-            for address, data, physical in reversed(self.writes):
-                if physical:
-                    self.overlay.write_physical(address, data)
-                else:
-                    self.overlay.write(address, data)
+            self.overlay.undo()
         return outcome
 
     def check(self, pids=None):
@@ -101,12 +95,10 @@ class Hostile:
     def write(self, address, value, size=8, *, physical=False):
         """Damage that :meth:`run` mends."""
         value &= (1 << 8 * size) - 1
-        before = self.prog.read(address, size, physical)
         if physical:
             self.overlay.write_physical(address, value.to_bytes(size, "little"))
         else:
             self.overlay.write(address, value.to_bytes(size, "little"))
-        self.writes.append((address, before, physical))
 
 
 class Scenery:

@@ -22,6 +22,10 @@ from kvirt.tasks import Process, find_process
 TREE = Path(__file__).resolve().parents[2]
 
 
+# A kernel's debug information is large, and read anew by each program that opens it.
+_OPENED: dict[Path, Target] = {}
+
+
 @dataclass(frozen=True)
 class Dump:
     """A dump, the debug file it goes with, and what the workload in it says of itself."""
@@ -31,8 +35,14 @@ class Dump:
     workload: dict[str, Any]
 
     def open(self) -> Target:
-        """Open it anew, so that an overlay stays in its test."""
+        """Open it anew, for an overlay that stays."""
         return open_target(core=self.core, symbols=[self.vmlinux])
+
+    def opened(self) -> Target:
+        """It as it is, opened once; an overlay has to be undone."""
+        if self.core not in _OPENED:
+            _OPENED[self.core] = self.open()
+        return _OPENED[self.core]
 
     def kvirt(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run kvirt on it."""
@@ -40,8 +50,12 @@ class Dump:
 
     def script(self, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run one of the plain scripts on it, in stock drgn, from elsewhere than the tree."""
+        return self.drgn(TREE / "scripts" / name, *arguments)
+
+    def drgn(self, script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run any script so."""
         drgn = Path(sys.executable).parent / "drgn"
-        argv = [drgn, "-q", "-c", self.core, "-s", self.vmlinux, TREE / "scripts" / name, *arguments]
+        argv = [drgn, "-q", "-c", self.core, "-s", self.vmlinux, script, *arguments]
         return subprocess.run(
             [str(word) for word in argv], capture_output=True, text=True, cwd="/", check=False
         )
@@ -83,7 +97,7 @@ _WHOLES: dict[Path, Whole] = {}
 def whole_of(dump: Dump) -> Whole:
     """Every process of a dump, checked once a session."""
     if dump.core not in _WHOLES:
-        target = dump.open()
+        target = dump.opened()
         layout = layout_of(target.prog)
         checker = ProcessChecker(target.prog, layout, moves=False)
         processes = [

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from kvirt.lab.damage import DAMAGES, Damaged, Scene
 from kvirt.lab.damage.scene import Inapplicable
 from kvirt.layout import Layout, layout_of
 from kvirt.target import Target
-from kvirt.tasks import find_process
+from kvirt.tasks import Process, find_process
 from tests.vmcore.conftest import Dump, whole_of
 
 
@@ -53,7 +55,7 @@ _HEALTHY: dict[Path, list[Finding]] = {}
 def machine_findings(dump: Dump) -> list[Finding]:
     """What is said of a dump as a whole, without damage."""
     if dump.core not in _HEALTHY:
-        _HEALTHY[dump.core] = check_machine(dump.open()).findings()
+        _HEALTHY[dump.core] = check_machine(dump.opened()).findings()
     return _HEALTHY[dump.core]
 
 
@@ -68,27 +70,39 @@ def damaged(dump: Dump, name: str) -> Outcome:
     return _OUTCOMES[key]
 
 
+@contextlib.contextmanager
+def scene_of(target: Target, process: Process) -> Iterator[Scene]:
+    """A process to damage, which is mended behind the block: others see the same dump."""
+    scene = Scene(target.prog, process.mm)
+    try:
+        yield scene
+    finally:
+        scene.overlay.undo()
+
+
 def _damage(dump: Dump, name: str) -> Outcome:
     whole = whole_of(dump)
     meaningless = _meaningless(name, whole.layout)
     if meaningless is not None:
         return Outcome(meaningless)
-    target = dump.open()
-    checker = ProcessChecker(target.prog, layout_of(target.prog), moves=False)
+    target = dump.opened()
+    # Before anything is damaged.
+    known = machine_findings(dump)
     for pid in [dump.pid, *dump.processes().values()]:
         process = find_process(target.prog, pid)
-        try:
-            made = DAMAGES[name](Scene(target.prog, process.mm))
-        except Inapplicable as error:
-            return Outcome(str(error))
-        except KvirtError as error:
-            why = str(error)
-            continue
-        if CHECKS[made.id].machine is not None:
-            known = machine_findings(dump)
-            found = check_machine(target).findings()
-            return Outcome(None, made, [f for f in found if f not in known])
-        before = {(f.id, f.vma, f.address) for f in whole.reports[pid].findings}
-        found = check_task(checker, process).findings
-        return Outcome(None, made, [f for f in found if (f.id, f.vma, f.address) not in before])
+        with scene_of(target, process) as scene:
+            try:
+                made = DAMAGES[name](scene)
+            except Inapplicable as error:
+                return Outcome(str(error))
+            except KvirtError as error:
+                why = str(error)
+                continue
+            if CHECKS[made.id].machine is not None:
+                found = check_machine(target).findings()
+                return Outcome(None, made, [f for f in found if f not in known])
+            checker = ProcessChecker(target.prog, whole.layout, moves=False)
+            before = {(f.id, f.vma, f.address) for f in whole.reports[pid].findings}
+            found = check_task(checker, process).findings
+            return Outcome(None, made, [f for f in found if (f.id, f.vma, f.address) not in before])
     raise AssertionError(f"{name} could not be made up: {why}")

@@ -10,7 +10,7 @@ from kvirt.findings import Severity
 from kvirt.lab.damage import DAMAGES, Scene
 from kvirt.layout import layout_of
 from kvirt.tasks import find_process
-from tests.vmcore.damaged import damaged
+from tests.vmcore.damaged import check_machine, damaged, machine_findings
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -40,6 +40,10 @@ def test_damage_is_found(dump, whole, name):
     if made.id == "LEG-UNFAULTED-PGOFF" and not whole.layout.dontunmap_resets_pgoff:
         expected = {Severity.INFO}
     assert {f.severity for f in found} == expected
+
+
+def test_behind_all_damage_the_dump_is_as_before(dump):
+    assert check_machine(dump.opened()).findings() == machine_findings(dump)
 
 
 def test_every_invariant_has_a_damage(whole):

@@ -25,7 +25,7 @@ from tests.vmcore.conftest import TREE
 @pytest.fixture(scope="module")
 def machine(dump):
     """The whole dump by check-all's own code."""
-    target = dump.open()
+    target = dump.opened()
     report = Report()
     checker = MachineChecker(target.prog, layout_of(target.prog), moves=False)
     return report, list(checker.tasks(report, rows=True))
@@ -41,7 +41,7 @@ def address_spaces(prog):
 
 
 def test_every_address_space_is_found_once(dump):
-    prog = dump.open().prog
+    prog = dump.opened().prog
     processes = for_each_process(prog, moves=False)
     assert processes.troubles == []
     assert processes.kernel_threads > 20
@@ -172,7 +172,7 @@ def test_a_process_that_is_wrong_all_over_is_told_in_a_few_lines(dump):
     assert report.counts["FOLIO-INDEX", Severity.ERROR] == len(found)
     # One finding for all pages of a VMA, since they are wrong in the same way.
     assert len({f.vma for f in found}) == len(found) > 50
-    [alone] = [t for t in MachineChecker(dump.open().prog, scene.layout, moves=False).tasks(Report())
+    [alone] = [t for t in MachineChecker(dump.opened().prog, scene.layout, moves=False).tasks(Report())
                if t.pid == dump.pid]  # fmt: skip
     temporary = alone.pages.unverified.total()
     assert sum(f.pages for f in found) >= alone.pages.anon - temporary
@@ -192,7 +192,7 @@ def test_process_whose_memory_map_cannot_be_read(dump):
     task = find_task(target.prog, dump.pid)
     Overlay(target.prog).write(task.mm.address_of_().value_(), (0xDEAD000000000000).to_bytes(8, "little"))
     report = MachineChecker(target.prog, layout_of(target.prog), moves=False).check()
-    assert report.processes == len(address_spaces(dump.open().prog)) - 1
+    assert report.processes == len(address_spaces(dump.opened().prog)) - 1
     [sentence, consequence] = [s for s in report.incomplete if f"PID {dump.pid} " in s]
     assert "memory map cannot be read" in sentence
     assert consequence.startswith("FOLIO-MAPCOUNT was not checked")

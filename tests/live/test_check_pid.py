@@ -18,6 +18,8 @@ from kvirt.render.json import schema
 TREE = Path(__file__).resolve().parents[2]
 # A guest without KVM on a busy host.
 PATIENCE = 400
+# Of checking what comes and goes from inside, ten seconds each; the storm has many more from outside.
+ROUNDS = 4
 
 
 @pytest.fixture(scope="module", params=["guest73", "legacy_guest"])
@@ -109,16 +111,16 @@ def test_pages_are_those_of_pagemap(guest, pids, live):
 
 
 def test_processes_that_come_and_go(guest):
-    done = guest.run(["python3", "/kvirt/tests/live/churn.py", "6"], timeout=PATIENCE)
+    done = guest.run(["python3", "/kvirt/tests/live/churn.py", str(ROUNDS)], timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert seen["checks"] == 12
+    assert seen["checks"] == 2 * ROUNDS
     assert "Traceback" not in done.stderr
     assert [finding for finding in seen["findings"] if finding[1] == "error"] == []
-    assert seen["steady"] == [[0, 0, True]] * 6
+    assert seen["steady"] == [[0, 0, True]] * ROUNDS
 
 
-def test_table_and_refusals(guest):
+def test_table_and_who_may_not_read(guest):
     done = guest.run(["kvirt", "vmas", "1"], timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "[stack]" in done.stdout
@@ -127,6 +129,3 @@ def test_table_and_refusals(guest):
     nobody = guest.run(["python3", "-c", drop, "python3", "-m", "kvirt", "check-pid", "1"], timeout=PATIENCE)
     assert nobody.returncode == 2
     assert nobody.stderr == "kvirt: Reading the running kernel needs root: run kvirt again with sudo.\n"
-    thread = guest.run(["kvirt", "check-pid", "2"], timeout=PATIENCE)
-    assert thread.returncode == 2
-    assert "is a kernel thread" in thread.stderr

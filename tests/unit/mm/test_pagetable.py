@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-from random import Random
-
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvirt.mm import pagetable
 from kvirt.mm.pagetable import (
@@ -225,56 +225,81 @@ class Plain:
         return True, bool(entry & SPECIAL), (frame & (1 << 52) - 1) >> (12 + 9 * level) << 9 * level
 
 
-def random_entry(random, level):
-    """A leaf entry of any kind."""
-    frame = random.getrandbits(36) << 9 * level & (1 << 40) - 1
+def bits(first, last):
+    """Any value of some bits of an entry."""
+    return st.integers(0, (1 << (last + 1 - first)) - 1).map(lambda value: value << first)
+
+
+@st.composite
+def leaf_entries(draw, level):
+    """A leaf entry of any kind that a level can have."""
+    frame = draw(bits(12 + 9 * level, 51))
     pse = PSE if level else 0
     # Above the page frame: protection keys and no-execute.
-    high = random.getrandbits(4) << 59 | random.getrandbits(1) << 63
-    kind = random.randrange(6)
-    if kind == 0:
-        return frame << 12 | TABLE | pse | high
-    if kind == 1:
-        return frame << 12 | TABLE | pse | SPECIAL | high
-    if kind == 2:
+    high = draw(bits(59, 62)) | draw(bits(63, 63))
+    inverted = ~frame & (1 << 52) - 1 & ~0xFFF
+    kinds = {
+        "present": frame | TABLE | pse | high,
+        "special": frame | TABLE | pse | SPECIAL | high,
         # Without rights: inverted, huge or not.
-        return ~(frame << 12) & (1 << 52) - 1 & ~0xFFF | PROTNONE | pse | high
-    if kind == 3 and level:
+        "no rights": inverted | PROTNONE | pse | high,
+        "none": 0,
+        # What a processor may leave in an empty entry would be a leaf for the plain walk.
+        "swap": draw(bits(59, 63)) | draw(bits(10, 58)),
+    }
+    if level:
         # About to be split: neither present nor without rights for the processor, and huge.
-        return ~(frame << 12) & (1 << 52) - 1 & ~0xFFF | PSE | high
-    if kind == 4:
-        return 0
-    return random.randrange(1, 32) << 59 | ~random.getrandbits(40) << 9 & (1 << 59) - 1 & ~0x3FF
+        kinds["splitting"] = inverted | PSE | high
+    return kinds[draw(st.sampled_from(sorted(kinds)))]
+
+
+@st.composite
+def any_tables(draw, levels):
+    """Tables of a process: few regions, so that leaves share them."""
+    top = 1 << (12 + 9 * levels - 1)
+    tables = Tables(levels)
+    for level in draw(st.lists(st.sampled_from((0, 0, 0, 1, 1, 2)), min_size=1, max_size=40)):
+        near = draw(st.sampled_from((0, 0x7F0000000000, top - (1 << 31))))
+        address = (near + draw(st.integers(0, (1 << 31) - 1))) >> (12 + 9 * level) << (12 + 9 * level)
+        # A leaf may hide the tables that were there.
+        if all(not is_leaf(tables, address, above) for above in range(level, levels)):
+            # Neighbours in one table, and a full one now and then.
+            count = draw(st.sampled_from((1, 1, 3, 512)))
+            entry = draw(leaf_entries(level))
+            tables.map(address, entry, level)
+            for other in range(1, count if level == 0 else 1):
+                if address + other * 4096 < top and (address >> 12) % 512 + other < 512:
+                    tables.map(address + other * 4096, entry, level)
+    return tables
 
 
 @pytest.mark.parametrize("levels", [4, 5])
-@pytest.mark.parametrize("seed", range(25))
-def test_any_tables(seed, levels):
-    random = Random(seed)
-    tables = Tables(levels)
-    top = 1 << (12 + 9 * levels - 1)
-    for _ in range(random.randrange(1, 40)):
-        # Few regions, so that tables are shared; a leaf may hide the tables that were there.
-        level = random.choice((0, 0, 0, 1, 1, 2))
-        near = random.choice((0, 0x7F0000000000, top - (1 << 31)))
-        address = (near + random.randrange(1 << 31)) >> (12 + 9 * level) << (12 + 9 * level)
-        if all(not is_leaf(tables, address, above) for above in range(level, levels)):
-            tables.map(address, random_entry(random, level), level)
+@given(data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_any_tables(levels, data):
+    tables = data.draw(any_tables(levels))
     expected = Plain(levels, tables.tables).leaves()
     found, troubles = walk(tables, levels)
     assert found == expected
     assert troubles.unreadable == []
     layout = make_layout(levels=levels)
-    for address, (entry, level) in found.items():
-        one = Leaves(np.array([address], dtype=np.uint64), np.array([entry], dtype=np.uint64), level)
-        if leaf_present(one)[0]:
-            kind = True, bool(leaf_special(one)[0]), int(leaf_pfn(layout, one)[0])
-        else:
-            kind = False, int(swap_type(one)[0])
-        assert kind == Plain.kind(entry, level), hex(entry)
-    wanted = np.array(sorted(random.sample(sorted(expected), len(expected) // 2)), dtype=np.uint64)
-    some, _ = walk(tables, levels, wanted)
-    assert some == {address: expected[address] for address in wanted.tolist()}
+    for level in (0, 1, 2):
+        at = [address for address in found if found[address][1] == level]
+        together = Leaves(
+            np.array(at, dtype=np.uint64), np.array([found[a][0] for a in at], dtype=np.uint64), level
+        )
+        # One by one, and together with others: what they have in common is looked at once.
+        for number, address in enumerate(at):
+            one = together.take(np.array([number]))
+            for some, i in ((one, 0), (together, number)):
+                if leaf_present(some)[i]:
+                    kind = True, bool(leaf_special(some)[i]), int(leaf_pfn(layout, some)[i])
+                else:
+                    kind = False, int(swap_type(some)[i])
+                assert kind == Plain.kind(found[address][0], level), hex(found[address][0])
+    wanted = data.draw(st.lists(st.sampled_from(sorted(expected)), unique=True)) if expected else []
+    some, _ = walk(tables, levels, np.array(sorted(wanted), dtype=np.uint64))
+    assert some == {address: expected[address] for address in wanted}
 
 
 def is_leaf(tables, address, level):

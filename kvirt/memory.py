@@ -28,6 +28,8 @@ _CACHE_KEY = "kvirt.core"
 # this process's memory until it is given back.
 _WINDOW = 64 << 10
 _ARRAY_BYTES_MAX = 24 << 20
+# Things side by side in the file that are worth a copy of their own.
+_RUN = 64
 _WINDOWS_MAX = (256 << 20) // _WINDOW
 
 
@@ -57,6 +59,7 @@ class Core:
         np.empty(_ARRAY_BYTES_MAX, dtype=np.uint8)
         self._views: dict[int, npt.NDArray[np.void]] = {}
         self._mapped = np.zeros(len(self._map) // _WINDOW + 1, dtype=bool)
+        self._mapped_count = 0
         self._hidden: set[int] = set()
         self.version = 0
         """Changes with what is hidden."""
@@ -94,22 +97,37 @@ class Core:
             return out
         to_window = (_WINDOW // size).bit_length() - 1
         first, last = int(at.min()) >> to_window, int(at.max()) >> to_window
-        close = last - first < _WINDOWS_MAX
-        step = len(at) if close else _WINDOWS_MAX // 2
-        for start in range(0, len(at), step):
-            part = slice(start, start + step)
-            for _ in range(2):
-                if close:
-                    self._mapped[first : last + 2] = True
-                else:
-                    self._mapped[at[part] >> to_window] = True
-                if np.count_nonzero(self._mapped) <= _WINDOWS_MAX:
-                    break
-                self._map.madvise(mmap.MADV_DONTNEED)
-                self._mapped[:] = False
-            # Nothing is clipped: otherwise numpy would make a copy first, in case something is out of range.
-            np.take(self._views[size], at[part], out=out[part], mode="clip")
+        if last - first < _WINDOWS_MAX:
+            # As if all between were looked at.
+            self._keep_small(slice(first, last + 2))
+            _copy(self._views[size], at, out)
+            return out
+        for start in range(0, len(at), _WINDOWS_MAX // 2):
+            part = slice(start, start + _WINDOWS_MAX // 2)
+            self._keep_small(np.unique(at[part] >> to_window))
+            _copy(self._views[size], at[part], out[part])
         return out
+
+    def _keep_small(self, windows: slice | Places) -> None:
+        """Give back what is mapped, if it becomes too much together with what will be."""
+        self._mapped_count += int(np.count_nonzero(~self._mapped[windows]))
+        if self._mapped_count > _WINDOWS_MAX:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._mapped[:] = False
+            self._mapped_count = int(np.count_nonzero(~self._mapped[windows]))
+        self._mapped[windows] = True
+
+
+def _copy(source: npt.NDArray[np.void], at: Places, out: npt.NDArray[np.void]) -> None:
+    """``out[:] = source[at]``."""
+    breaks = np.flatnonzero(at[1:] - at[:-1] != 1) + 1
+    if len(breaks) * _RUN > len(at):
+        # Nothing is clipped: otherwise numpy would make a copy first, in case something is out of range.
+        np.take(source, at, out=out, mode="clip")
+        return
+    starts = [0, *breaks.tolist()]
+    for start, end, first in zip(starts, [*starts[1:], len(at)], at[starts].tolist(), strict=True):
+        out[start:end] = source[first : first + end - start]
 
 
 def map_core(prog: drgn.Program, path: Path) -> None:

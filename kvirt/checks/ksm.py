@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kvirt.checks.registry import PageBatch, PageViolations, page_check
 from kvirt.findings import Severity
 from kvirt.layout import Layout
@@ -56,5 +54,5 @@ def ksm_anon_vma(batch: PageBatch) -> PageViolations:
     actual, found = batch.rmap_items.anon_vma, batch.rmap_items.found
     if not found.any():
         return PageViolations.none(batch)
-    mask = batch.off_chain(np.flatnonzero(found), actual, unfaulted=False)
+    mask = batch.off_chain(found, actual, unfaulted=False)
     return PageViolations(mask, batch.of_vma(batch.table.anon_vma), actual)

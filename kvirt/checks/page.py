@@ -8,7 +8,7 @@ import numpy as np
 from kvirt.checks.registry import PageBatch, PageViolations, page_check
 from kvirt.findings import Severity
 from kvirt.layout import Layout
-from kvirt.mm.arrays import constant
+from kvirt.mm.arrays import constant, each
 from kvirt.mm.pagetable import Bool
 
 
@@ -43,7 +43,7 @@ def folio_index(batch: PageBatch) -> PageViolations:
 def folio_anon_vma(batch: PageBatch) -> PageViolations:
     """Rmap of the folio finds this VMA at all."""
     actual = batch.folios.anon_vma()
-    mask = batch.off_chain(np.flatnonzero(batch.folios.is_anon()), actual, unfaulted=True)
+    mask = batch.off_chain(batch.folios.is_anon(), actual, unfaulted=True)
     return PageViolations(mask, batch.of_vma(batch.table.anon_vma), actual)
 
 
@@ -109,16 +109,17 @@ def folio_exclusive(batch: PageBatch) -> PageViolations:
     pages and whole folios are judged.
     """
     folios = batch.folios
-    exclusive = (folios.flags & np.uint64(batch.layout.pg_anon_exclusive)) != 0
-    count = folios.page_mapcount + folios.entire_mapcount
+    exclusive = folios.has(batch.layout.pg_anon_exclusive)
+    count = each(np.add, folios.page_mapcount, folios.entire_mapcount)
     counted: Bool = constant(np.bool_(True), len(count))
     if batch.level and "large_mapcount" in batch.layout.large_counts:
         count = folios.large_mapcount
-    elif not batch.level:
+    elif not batch.level and folios.large.any():
         counted = ~folios.large | (count > 0)
     once = constant(np.uint64(1), len(count))
-    bad = batch.present & folios.is_anon() & exclusive & counted & (count != 1)
-    return PageViolations(bad, once, count.view(np.uint64))
+    several = each(lambda count: count != 1, count)
+    bad = batch.present & folios.is_anon() & exclusive & counted & several
+    return PageViolations(bad, once, each(lambda count: count.astype(np.uint64), count))
 
 
 @page_check(

@@ -264,7 +264,7 @@ class ProcessChecker:
         sorter = Sorter(self.prog, self.layout, table)
         seen: dict[int, int] = {}
         try:
-            for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
+            for leaves in self._leaves(into, table, wanted):
                 progress(len(leaves) * leaves.pages)
                 sorted_ = sorter.sort(leaves, counts)
                 for reason, doubtful in sorted_.doubts:
@@ -287,6 +287,12 @@ class ProcessChecker:
         except drgn.FaultError as error:
             into.unreadable = str(error)
         return seen
+
+    def _leaves(self, into: _Pass, table: VmaTable, wanted: U64 | None) -> Iterator[Leaves]:
+        """Entries to be judged together."""
+        for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
+            for part in table.parts(leaves.address):
+                yield leaves.part(part)
 
     def _reread(self, previous: _Pass, at: frozenset[int] | None) -> _Pass | None:
         """Read again what looked wrong: VMAs, entries and folios together, and nothing changing.
@@ -419,6 +425,8 @@ def _note_pages(
     into: _Pass, check: Check, bad: PageViolations, batch: PageBatch, leaves: Leaves, seen: dict[int, int]
 ) -> None:
     """Remember what a check objects to, up to HITS_MAX, and the entries it was seen in."""
+    if not bad.mask.any():
+        return
     where = np.flatnonzero(bad.mask)
     room = max(0, HITS_MAX - len(into.hits))
     into.overflow += len(where[room:]) * batch.pages

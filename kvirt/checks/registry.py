@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
-from kvirt.mm.arrays import Scalar, constant, is_constant, pick
+from kvirt.mm.arrays import Scalar, constant, is_constant, pick, take
 from kvirt.mm.folio import Folios
 from kvirt.mm.forest import AnonTree, Family
 from kvirt.mm.i_mmap import FilePlace, FileTrees
@@ -68,6 +69,10 @@ class VmaContext:
         return self.space.anon_vmas.get(address)
 
 
+# Pages of one VMA that are worth a look of their own.
+_MANY = 4096
+
+
 class VmaTable:
     """The VMAs of a process as arrays, to judge many pages at once."""
 
@@ -107,6 +112,24 @@ class VmaTable:
             return constant(np.bool_(False), len(row))
         return pick(values, row)
 
+    def parts(self, addresses: U64) -> Iterator[slice]:
+        """Slices of addresses in which those of a VMA with many of them are by themselves.
+
+        What they have in common is then looked at once.
+
+        :param addresses: ascending
+        """
+        cuts = np.array([0, len(addresses)])
+        if self.vmas and len(addresses) > _MANY:
+            first, last = (np.searchsorted(self.start, addresses[[0, -1]], side="right") - 1).tolist()
+            rows = slice(max(first, 0), last + 1)
+            begins = np.searchsorted(addresses, self.start[rows])
+            ends = np.searchsorted(addresses, self.end[rows])
+            many = ends - begins > _MANY
+            cuts = np.unique(np.concatenate((cuts, begins[many], ends[many])))
+        for begin, end in itertools.pairwise(cuts.tolist()):
+            yield slice(begin, end)
+
     def find(self, addresses: U64) -> npt.NDArray[np.intp]:
         """Row of the VMA that covers each address, -1 if none does.
 
@@ -123,6 +146,13 @@ class VmaTable:
         row = np.repeat(rows, np.diff(begins, prepend=0, append=len(addresses)))
         row[addresses >= self.end[row]] = -1
         return row
+
+
+def _changes(array: npt.NDArray[Scalar]) -> npt.NDArray[np.intp]:
+    """Where another value begins than that before."""
+    if is_constant(array):
+        return np.zeros(0, dtype=np.intp)
+    return np.flatnonzero(array[1:] != array[:-1]) + 1
 
 
 @dataclass(slots=True)
@@ -156,35 +186,36 @@ class PageBatch:
         """What the VMA of each page has, of an array of the table."""
         return pick(values, self.row)
 
-    def off_chain(self, which: npt.NDArray[np.intp], anon_vma: U64, *, unfaulted: bool) -> Bool:
+    def off_chain(self, judged: Bool, anon_vma: U64, *, unfaulted: bool) -> Bool:
         """Of which pages the anon_vma is not in the chain of their VMA.
 
         What a damaged chain holds is not known, and AVC-SELF reports it: of its pages none.
 
-        :param which: the pages to look at
+        :param judged: the pages to look at
         :param anon_vma: one for each page of the batch
         :param unfaulted: whether to take the chain of a VMA without an anon_vma of its own for empty
         """
-        mask = np.zeros(len(self.row), dtype=bool)
-        whole = len(which) == len(mask)
-        rows, on = (self.row, anon_vma) if whole else (self.row[which], anon_vma[which])
+        rows, on = take(self.row, judged), take(anon_vma, judged)
+        off = np.zeros(len(on), dtype=bool)
         # Neighbours mostly agree: judge each run of the same VMA and anon_vma once.
-        change = on[1:] != on[:-1]
+        begins = _changes(on)
         if not is_constant(rows):
-            change |= rows[1:] != rows[:-1]
-        begins = np.flatnonzero(change) + 1
+            begins = np.union1d(begins, _changes(rows))
         verdicts: dict[tuple[int, int], bool] = {}
         begin = 0
-        for end in [*begins.tolist(), len(which)] if len(which) else ():
+        for end in [*begins.tolist(), len(on)] if len(on) else ():
             key = row, one = int(rows[begin]), int(on[begin])
             if key not in verdicts:
                 vma = self.table.vmas[row]
                 chain = self.table.space.chains[vma.address]
-                off = one not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
-                verdicts[key] = chain.broken is None and off
-            if verdicts[key]:
-                mask[which[begin:end]] = True
+                out = one not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
+                verdicts[key] = chain.broken is None and out
+            off[begin:end] = verdicts[key]
             begin = end
+        if len(off) == len(judged):
+            return off
+        mask = np.zeros(len(judged), dtype=bool)
+        mask[judged] = off
         return mask
 
     def index(self) -> U64:
@@ -197,9 +228,13 @@ class PageBatch:
 
     def _linear(self, pgoff: U64) -> U64:
         unit, row = self._unit(), self.row
-        delta = (self.address - pick(self.table.start, row)) >> np.uint64(self.layout.page_shift)
+        delta = self.address - pick(self.table.start, row)
+        delta >>= np.uint64(self.layout.page_shift)
         first = pick(pgoff, row)
-        return first + delta if unit is None else (first >> unit) + (delta >> unit)
+        if unit is not None:
+            first, delta = first >> unit, delta >> unit
+        delta += first
+        return delta
 
     def _unit(self) -> U64 | None:
         """Order of the units in which the folio of each page is indexed; None where all are base pages.

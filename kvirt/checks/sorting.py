@@ -11,9 +11,10 @@ import numpy as np
 from kvirt.checks.registry import EntryBatch, PageBatch, VmaTable
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
-from kvirt.mm.arrays import pick, take
+from kvirt.mm.arrays import each, pick, take
 from kvirt.mm.folio import read_folios
 from kvirt.mm.ksm import Ksm, RmapItems
+from kvirt.mm.memmap import read_struct_pages
 from kvirt.mm.pagetable import (
     U64,
     Bool,
@@ -138,16 +139,27 @@ class Sorter:
         row = table.find(leaves.address)
         zero = self._is_zero(pfn, leaves.level) & present
         special = leaf_special(leaves) & present & ~zero
-        no_vma = (row < 0) & ~zero & ~special
+        no_vma = each(lambda row: row < 0, row) & ~zero & ~special
         for reason, mask in ((ZERO, zero), (SPECIAL, special), (NO_VMA, no_vma)):
             counter.skip(reason, leaves, mask)
         keep = ~(zero | special | no_vma)
         leaves, pfn, row, present = leaves.take(keep), take(pfn, keep), take(row, keep), take(present, keep)
 
         folios = read_folios(self._prog, layout, pfn)
-        poisoned = folios.readable & ((folios.flags & np.uint64(layout.pg_hwpoison)) != 0)
+        poisoned = folios.readable & folios.has(layout.pg_hwpoison)
         sound = folios.readable & ~poisoned
-        anon, ksm = folios.is_anon() & sound, folios.is_ksm() & sound
+        anon = folios.is_anon() & sound
+        if anon.all() and not table.at(table.temporary_stack, row).any():
+            # As most are: no reason below is one of theirs.
+            number = len(pfn) * size
+            counts.anon += number
+            counts.verified += number
+            counts.checked += number
+            items = RmapItems.none(len(pfn))
+            address = leaves.address
+            batch = PageBatch(layout, table, leaves.level, size, address, pfn, row, folios, present, items)
+            return batch, leaves
+        ksm = folios.is_ksm() & sound
         # Nothing but anonymous memory can be faulted into a VMA without operations and file.
         foreign = sound & ~folios.astray & ~anon & ~ksm & table.at(table.pure, row)
         bare = sound & ~folios.astray & ~foreign & (folios.mapping == 0)
@@ -203,18 +215,19 @@ class Sorter:
         head, known = self._swap_cache.lookup(types, offsets)
         cached = head != 0
         # page_swap_entry(), include/linux/swap.h: pages of a large folio have consecutive entries.
-        first = read_folios(self._prog, layout, head)
-        pfn = np.where(cached, head + swp_entry(types, offsets) - first.private, np.uint64(0))
+        first, first_readable = read_struct_pages(self._prog, layout, head, ["private"])
+        # folio->swap, include/linux/mm_types.h
+        pfn = np.where(cached, head + swp_entry(types, offsets) - first["private"], np.uint64(0))
         folios = read_folios(self._prog, layout, pfn)
-        readable = first.readable & folios.readable
+        readable = first_readable & folios.readable
         answers = cached & readable & (folios.head == head)
         anon = answers & folios.is_anon()
         ksm = answers & folios.is_ksm()
         building = anon & table.at(table.temporary_stack, row)
         for reason, mask in (
-            (SWAP_UNKNOWN, ~known | (cached & ~first.readable)),
+            (SWAP_UNKNOWN, ~known | (cached & ~first_readable)),
             (SWAP, known & ~cached),
-            (SWAP_FOREIGN, cached & first.readable & ~answers),
+            (SWAP_FOREIGN, cached & first_readable & ~answers),
             # Without a mapping: nobody has had it in memory since it was swapped out.
             (READ_AHEAD, answers & ~anon & ~ksm),
             (KSM, ksm),
@@ -240,6 +253,8 @@ class Sorter:
 
     def _is_zero(self, pfn: U64, level: int) -> Bool:
         if level == 0 and self._layout.zero_pfn is not None:
+            if not len(pfn) or pfn.min() >= self._layout.zero_pfn + self._layout.zero_pages:
+                return np.zeros(len(pfn), dtype=bool)
             first: Bool = (pfn - np.uint64(self._layout.zero_pfn)) < np.uint64(self._layout.zero_pages)
             return first
         if level == 1 and self._huge_zero_pfn is not None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,34 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def constant(value: Scalar, length: int) -> npt.NDArray[Scalar]:
-    """An array with the same value everywhere, in the room of one; it cannot be written to."""
-    return np.broadcast_to(value, (length,))
+    """An array with the same value everywhere: of numbers in the room of one, and not to be written to."""
+    if isinstance(value, np.bool_):
+        # numpy goes through neighbouring bytes many times as fast.
+        return np.full(length, value)
+    # As np.broadcast_to() does it, which takes twenty times as long.
+    return np.ndarray((length,), value.dtype, value, strides=(0,))
 
 
 def is_constant(array: npt.NDArray[Scalar]) -> bool:
-    """Whether an array is made by :func:`constant`."""
+    """Whether an array is known to be of one number, made by :func:`constant`."""
     return array.strides == (0,) and len(array) > 0
+
+
+def compact(array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    """An array's values, as a constant if they are all the same, else side by side."""
+    if len(array) and array[0] == array[-1] and array[0] == array[len(array) // 2]:
+        first = array[0]
+        if (array == first).all():
+            return constant(first, len(array))
+    return np.ascontiguousarray(array)
+
+
+def each(function: Callable[..., Any], *arrays: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """``function(*arrays)``, of arrays of one length; computed once where all of them are constants."""
+    if all(map(is_constant, arrays)):
+        return constant(function(*(array[0] for array in arrays)), len(arrays[0]))
+    result: npt.NDArray[Any] = function(*arrays)
+    return result
 
 
 def pick(values: npt.NDArray[Scalar], rows: npt.NDArray[np.intp]) -> npt.NDArray[Scalar]:
@@ -35,14 +57,6 @@ def take(array: npt.NDArray[Scalar], mask: npt.NDArray[np.bool_]) -> npt.NDArray
     if is_constant(array):
         return constant(array[0], int(np.count_nonzero(mask)))
     return array[mask]
-
-
-def differs(array: npt.NDArray[Scalar], value: Scalar) -> npt.NDArray[np.bool_]:
-    """``array != value``."""
-    if is_constant(array):
-        return constant(np.bool_(array[0] != value), len(array))
-    result: npt.NDArray[np.bool_] = array != value
-    return result
 
 
 def runs(array: npt.NDArray[Scalar]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

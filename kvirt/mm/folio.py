@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import drgn
 import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.mm.arrays import constant, runs, take
+from kvirt.mm.arrays import compact, constant, each, runs, take
 from kvirt.mm.memmap import read_struct_pages
 from kvirt.mm.pagetable import U64, Bool
 
@@ -20,6 +20,10 @@ I64 = npt.NDArray[np.int64]
 FOLIO_MAPPING_ANON = np.uint64(1)
 FOLIO_MAPPING_KSM = np.uint64(3)
 FOLIO_MAPPING_FLAGS = np.uint64(3)
+
+# Members of struct page that are looked at: of the page itself, and of its folio's first.
+_PAGE = ("flags", "compound", "mapping", "index", "mapcount")
+_HEAD = ("flags", "mapping", "index")
 
 
 @dataclass(slots=True)
@@ -36,8 +40,6 @@ class Folios:
     """``folio->mapping`` with its low bits."""
     index: U64
     """``folio->index``."""
-    private: U64
-    """``folio->private``; in the swap cache this is ``folio->swap.val``."""
     astray: Bool
     """Tail pages whose head is none, or of a folio that does not reach to them; mapping and index are 0."""
     large: Bool
@@ -53,37 +55,41 @@ class Folios:
     """``folio_large_mapcount()``: all entries that map a large folio or a page of it; 0 where this
     kernel does not count them (before 6.10)."""
 
+    _kind: npt.NDArray[np.uint8] = field(init=False)
+    """The low bits of *mapping*, in a byte: they are asked for again and again."""
+
+    def __post_init__(self) -> None:
+        flags = np.uint8(FOLIO_MAPPING_FLAGS)
+        self._kind = each(lambda mapping: mapping.astype(np.uint8) & flags, self.mapping)
+
     def take(self, mask: Bool) -> Folios:
         """Some of the page frames."""
         if mask.all():
             return self
-        return Folios(*(take(getattr(self, one.name), mask) for one in fields(self)))
+        return Folios(*(take(getattr(self, one.name), mask) for one in fields(self) if one.init))
 
     def is_anon(self) -> Bool:
         """Anonymous and not KSM."""
-        anon: Bool = self._kind() == int(FOLIO_MAPPING_ANON)
-        return anon
+        return each(lambda kind: kind == FOLIO_MAPPING_ANON, self._kind)
 
     def is_ksm(self) -> Bool:
         """``folio_test_ksm()``."""
-        ksm: Bool = self._kind() == int(FOLIO_MAPPING_KSM)
-        return ksm
+        return each(lambda kind: kind == FOLIO_MAPPING_KSM, self._kind)
 
     def is_file(self) -> Bool:
         """Neither anonymous nor of a driver that says so by the low bits."""
-        file: Bool = self._kind() == 0
+        file: Bool = each(lambda kind: kind == 0, self._kind)
         if file.any():
             file &= self.mapping != 0
         return file
 
-    def _kind(self) -> npt.NDArray[np.uint8]:
-        # A byte each: these are asked for again and again.
-        kind: npt.NDArray[np.uint8] = self.mapping.astype(np.uint8) & np.uint8(FOLIO_MAPPING_FLAGS)
-        return kind
+    def has(self, flags: int) -> Bool:
+        """Which pages have one of some page flags."""
+        return each(lambda have: (have & np.uint64(flags)) != 0, self.flags)
 
     def anon_vma(self) -> U64:
         """``folio_anon_vma()`` where :meth:`is_anon`."""
-        return self.mapping & ~FOLIO_MAPPING_FLAGS
+        return each(lambda mapping: mapping & ~FOLIO_MAPPING_FLAGS, self.mapping)
 
 
 def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
@@ -91,31 +97,30 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
 
     A page frame without readable struct page is marked, not raised.
     """
-    pages, readable = read_struct_pages(prog, layout, pfns)
+    pages, readable = read_struct_pages(prog, layout, pfns, _PAGE)
     number = len(pfns)
-    flags = pages["flags"].astype(np.uint64)
-    tail = (pages["compound"] & np.uint64(1)) != 0
-    if not tail.any() and not (flags & np.uint64(layout.pg_head)).any():
+    flags = compact(pages["flags"])
+    if not np.bitwise_or.reduce(pages["compound"]) & 1 and not np.bitwise_or.reduce(flags) & layout.pg_head:
         # All of them small, as most are.
         zero = constant(np.int64(0), number)
         return Folios(
             readable=readable,
             flags=flags,
             head=pfns,
-            mapping=pages["mapping"].astype(np.uint64),
-            index=pages["index"].astype(np.uint64),
-            private=pages["private"],
+            mapping=compact(pages["mapping"]),
+            index=pages["index"],
             astray=constant(np.bool_(False), number),
             large=constant(np.bool_(False), number),
             nr_pages=constant(np.int64(1), number),
-            page_mapcount=_counter(pages["mapcount"]),
+            page_mapcount=each(_counter, compact(pages["mapcount"])),
             entire_mapcount=zero,
             large_mapcount=zero,
         )
+    tail = (pages["compound"] & np.uint64(1)) != 0
     heads = _heads(layout, pfns, pages["compound"].astype(np.uint64), tail)
     # Pages of one folio are mostly neighbours.
     first, where = runs(heads)
-    head_pages, head_readable = read_struct_pages(prog, layout, heads[first])
+    head_pages, head_readable = read_struct_pages(prog, layout, heads[first], _HEAD)
     is_large = head_readable & ((head_pages["flags"] & np.uint64(layout.pg_head)) != 0)
     counts = _read_large(prog, layout, heads[first], is_large)
     good = readable & (head_readable & counts.readable)[where]
@@ -128,7 +133,6 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
         head=heads,
         mapping=np.where(sane, head_pages["mapping"][where], np.uint64(0)),
         index=np.where(sane, head_pages["index"][where], np.uint64(0)),
-        private=np.where(sane, head_pages["private"][where], np.uint64(0)),
         astray=astray,
         large=is_large[where],
         nr_pages=counts.pages[where],
@@ -169,7 +173,7 @@ class _LargeCounts:
 
 def _counter(stored: npt.NDArray[np.int32]) -> I64:
     """A mapcount: the stored counters start at -1."""
-    return stored.astype(np.int64) + 1
+    return np.add(stored, 1, dtype=np.int64)
 
 
 def _read_large(prog: drgn.Program, layout: Layout, heads: U64, is_large: Bool) -> _LargeCounts:
@@ -177,6 +181,7 @@ def _read_large(prog: drgn.Program, layout: Layout, heads: U64, is_large: Bool) 
 
     :param heads: their first page frames
     """
+    names = ["flags", *layout.large_counts]
     zeros = np.zeros(len(heads), dtype=np.int64)
     counts = _LargeCounts(
         np.ones(len(heads), dtype=bool), zeros + 1, zeros.copy(), zeros.copy(), zeros.copy()
@@ -185,7 +190,7 @@ def _read_large(prog: drgn.Program, layout: Layout, heads: U64, is_large: Bool) 
     if not len(where):
         return counts
     # hugetlb's optimised vmemmap keeps the first page of struct pages, so the second is a real one.
-    second, counts.readable[where] = read_struct_pages(prog, layout, heads[where] + np.uint64(1))
+    second, counts.readable[where] = read_struct_pages(prog, layout, heads[where] + np.uint64(1), names)
     for name, into in (("entire_mapcount", counts.entire), ("large_mapcount", counts.large)):
         if name in layout.large_counts:
             into[where] = _counter(second[name])

@@ -9,7 +9,7 @@ import drgn
 import numpy as np
 
 from kvirt.layout import KsmLayout, Layout
-from kvirt.mm.arrays import constant, differs, take
+from kvirt.mm.arrays import constant, each, take
 from kvirt.mm.folio import FOLIO_MAPPING_FLAGS, Folios
 from kvirt.mm.pagetable import U64, Bool
 
@@ -39,7 +39,7 @@ class RmapItems:
     @property
     def found(self) -> Bool:
         """Which pages have an rmap_item."""
-        return differs(self.address, np.uint64(0))
+        return each(lambda address: address != 0, self.address)
 
     def take(self, mask: Bool) -> RmapItems:
         """Some of the pages."""

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import drgn
 import numpy as np
 import numpy.typing as npt
@@ -11,38 +14,58 @@ from kvirt.layout import Layout
 from kvirt.memory import PAGE_BYTES, Core, Places, core_of
 from kvirt.mm.pagetable import HUGE_BYTES, U64, Bool, kernel_huge_page
 
-Pages = npt.NDArray[np.void]
+Members = dict[str, npt.NDArray[Any]]
 
 # Struct pages this close are read together: one read of 16 KiB costs less than two of 64 bytes.
 _GAP_PAGES = 256
 # And a run ends here, so that one bad spot does not spoil much and memory stays bounded.
 _RUN_PAGES = 1 << 16
+# Struct pages that are copied together, and taken apart while they are in the processor's cache.
+_BLOCK_PAGES = 1 << 13
 _CACHE_KEY = "kvirt.memmap"
+# Sections so close are looked up with all between them.
+_NEAR = 256
 # Not looked up yet, and nowhere in the core or not in one piece.
 _UNKNOWN, _NOWHERE = -2, -1
 
 
-def read_struct_pages(prog: drgn.Program, layout: Layout, pfns: U64) -> tuple[Pages, Bool]:
-    """Struct pages of page frames in any order, and which could be read; those that could not are 0.
+def read_struct_pages(
+    prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str]
+) -> tuple[Members, Bool]:
+    """Members of the struct pages of page frames in any order, and which could be read.
 
-    :returns: an array of ``layout.page_dtype``
+    :param names: of ``layout.page_dtype``
+    :returns: an array for each of them, with 0 for what could not be read
     """
     core = core_of(prog)
     size = layout.page.size
-    if core is None or size & (size - 1):
-        return _read_any(prog, layout, pfns)
+    if core is None or size & (size - 1) or not len(pfns):
+        return _read_any(prog, layout, pfns, names)
     sections = prog.cache.get(_CACHE_KEY)
     if not isinstance(sections, _Sections) or sections.core is not core or sections.version != core.version:
         sections = prog.cache[_CACHE_KEY] = _Sections(prog, layout, core)
+    at = sections.find_near(pfns)
+    if at is not None:
+        return _gather(core, layout, at, names), np.ones(len(pfns), dtype=bool)
     at = sections.find(pfns)
-    missing = at < 0
-    if not missing.any():
-        return core.gather(at, size).view(layout.page_dtype), np.ones(len(pfns), dtype=bool)
-    out = np.zeros(len(pfns), dtype=layout.page_dtype)
-    good = ~missing
-    out[good] = core.gather(at[good], size).view(layout.page_dtype)
-    out[missing], good[missing] = _read_any(prog, layout, pfns[missing])
+    good = at >= 0
+    out = {name: np.zeros(len(pfns), dtype=layout.page_dtype[name]) for name in names}
+    here = _gather(core, layout, at[good], names)
+    rest, rest_good = _read_any(prog, layout, pfns[~good], names)
+    for name in names:
+        out[name][good], out[name][~good] = here[name], rest[name]
+    good[~good] = rest_good
     return out, good
+
+
+def _gather(core: Core, layout: Layout, at: Places, names: Sequence[str]) -> Members:
+    out = {name: np.empty(len(at), dtype=layout.page_dtype[name]) for name in names}
+    for start in range(0, len(at), _BLOCK_PAGES):
+        part = slice(start, start + _BLOCK_PAGES)
+        pages = core.gather(at[part], layout.page.size).view(layout.page_dtype)
+        for name in names:
+            out[name][part] = pages[name]
+    return out
 
 
 class _Sections:
@@ -53,21 +76,30 @@ class _Sections:
         self.core, self.version = core, core.version
         # Page frames of one section, in a number of bits.
         self._bits = (HUGE_BYTES // layout.page.size).bit_length() - 1
-        # What is beyond all memory of the core has no struct page either, or one that drgn may look for.
-        self._end = np.uint64(core.end)
-        self._start = np.full((core.end >> self._bits) + 1, _UNKNOWN, dtype=np.int64)
+        # What is beyond all memory of the core has no struct page either, or one that drgn may look for: the
+        # last section stands for all of it.
+        self._start = np.full((core.end >> self._bits) + 2, _UNKNOWN, dtype=np.int64)
+        self._start[-1] = _NOWHERE
+
+    def find_near(self, pfns: U64) -> Places | None:
+        """As :meth:`find`, of page frames not too far apart; None if they are, or if one may be nowhere."""
+        first, last = int(pfns.min()) >> self._bits, int(pfns.max()) >> self._bits
+        if last >= len(self._start) or last - first >= _NEAR:
+            return None
+        around = self._start[first : last + 1]
+        for section in (np.flatnonzero(around == _UNKNOWN) + first).tolist():
+            self._start[section] = self._locate(section)
+        if (around < 0).any():
+            return None
+        # How far each section's struct pages are from their page frames.
+        away = around - (np.arange(first, last + 1) << self._bits)
+        frames = pfns.view(np.int64)
+        at: Places = frames + (away[0] if first == last else away[(frames >> self._bits) - first])
+        return at
 
     def find(self, pfns: U64) -> Places:
         """Where the struct pages of page frames are, in their size; negative where drgn has to read them."""
-        at = np.full(len(pfns), _NOWHERE, dtype=np.int64)
-        here = pfns < self._end
-        if here.all():
-            return self._find(pfns)
-        at[here] = self._find(pfns[here])
-        return at
-
-    def _find(self, pfns: U64) -> Places:
-        number = (pfns >> np.uint64(self._bits)).astype(np.int64)
+        number = np.minimum(pfns >> np.uint64(self._bits), np.uint64(len(self._start) - 1)).astype(np.int64)
         start = self._start[number]
         unknown = start == _UNKNOWN
         if unknown.any():
@@ -75,9 +107,8 @@ class _Sections:
                 self._start[section] = self._locate(section)
             start = self._start[number]
         inside = (pfns & np.uint64((1 << self._bits) - 1)).astype(np.int64)
-        if (start >= 0).all():
-            return start + inside
-        return np.where(start < 0, start, start + inside)
+        at: Places = np.where(start < 0, start, start + inside)
+        return at
 
     def _locate(self, section: int) -> int:
         """Where a section's first struct page is."""
@@ -92,14 +123,14 @@ class _Sections:
         return int(places[0]) * (PAGE_BYTES // self._layout.page.size)
 
 
-def _read_any(prog: drgn.Program, layout: Layout, pfns: U64) -> tuple[Pages, Bool]:
+def _read_any(prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str]) -> tuple[Members, Bool]:
     """As :func:`read_struct_pages`, through drgn."""
     unique, where = np.unique(pfns, return_inverse=True)
     pages, good = _read_ascending(prog, layout, unique)
-    return pages[where], good[where]
+    return {name: pages[name][where] for name in names}, good[where]
 
 
-def _read_ascending(prog: drgn.Program, layout: Layout, pfns: U64) -> tuple[Pages, Bool]:
+def _read_ascending(prog: drgn.Program, layout: Layout, pfns: U64) -> tuple[npt.NDArray[np.void], Bool]:
     """Struct pages of page frames in ascending order, and which could be read."""
     size = layout.page.size
     out = np.zeros(len(pfns), dtype=layout.page_dtype)

@@ -71,6 +71,10 @@ class Leaves:
         """Base pages that one entry maps."""
         return int(_ENTRIES**self.level)
 
+    def part(self, which: slice) -> Leaves:
+        """Neighbouring entries, in place."""
+        return Leaves(self.address[which], self.entry[which], self.level)
+
     def take(self, mask: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Leaves:
         """Some of the entries."""
         if mask.dtype == np.bool_ and mask.all():
@@ -95,12 +99,16 @@ def leaf_present(leaves: Leaves) -> Bool:
     bits = _PAGE_PRESENT | _PAGE_PROTNONE
     if leaves.level:
         bits |= _PAGE_PSE
+    if len(leaves) and np.bitwise_and.reduce(leaves.entry) & bits:
+        return np.ones(len(leaves), dtype=bool)
     present: Bool = (leaves.entry & bits) != 0
     return present
 
 
 def leaf_special(leaves: Leaves) -> Bool:
     """Which present entries have no struct page to look at: ``pte_special()`` and its kin."""
+    if not np.bitwise_or.reduce(leaves.entry) & _PAGE_SPECIAL:
+        return np.zeros(len(leaves), dtype=bool)
     special: Bool = (leaves.entry & _PAGE_SPECIAL) != 0
     return special
 
@@ -112,9 +120,8 @@ def leaf_pfn(layout: Layout, leaves: Leaves) -> U64:
     (arch/x86/include/asm/pgtable-invert.h).
     """
     entry = leaves.entry
-    inverted = (entry & _PAGE_PRESENT) == 0
-    if inverted.any():
-        entry = np.where(inverted, ~entry, entry)
+    if not np.bitwise_and.reduce(entry) & _PAGE_PRESENT:
+        entry = np.where((entry & _PAGE_PRESENT) == 0, ~entry, entry)
     mask = layout.physical_mask & ~((_TABLE_BYTES * leaves.pages) - 1)
     return (entry & np.uint64(mask)) >> np.uint64(layout.page_shift)
 

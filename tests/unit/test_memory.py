@@ -120,7 +120,7 @@ def made_up(tmp_path, monkeypatch):
 
 
 def indexes(prog, *pfns):
-    found, good = read_struct_pages(prog, make_layout(), np.array(pfns, dtype=np.uint64))
+    found, good = read_struct_pages(prog, make_layout(), np.array(pfns, dtype=np.uint64), ["index"])
     return [index if ok else None for index, ok in zip(found["index"].tolist(), good.tolist(), strict=True)]
 
 

@@ -37,7 +37,7 @@ class Machine:
         count = np.array([self.counts[h] for h in heads.tolist()], dtype=np.int64)
         none, no = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
         folios = Folios(
-            ~no, zeros, heads, zeros + np.uint64(ANON), zeros, zeros, no, no, none + 1, count, none, none
+            ~no, zeros, heads, zeros + np.uint64(ANON), zeros, no, no, none + 1, count, none, none
         )
         space = SimpleNamespace(address=pid * 4096, anon_vmas=dict.fromkeys(anon_vmas))
         table = SimpleNamespace(

@@ -15,9 +15,10 @@ from drgn.helpers.linux.sched import cpu_curr
 from kvirt.checks.registry import PageBatch, machine_check
 from kvirt.findings import Finding, Severity
 from kvirt.layout import Layout
-from kvirt.mm.folio import read_folios
+from kvirt.mm.arrays import each
+from kvirt.mm.folio import I64, read_folios
 from kvirt.mm.forest import read_family
-from kvirt.mm.pagetable import U64
+from kvirt.mm.pagetable import U64, Bool
 from kvirt.mm.rmap import read_anon_vma
 
 ID = "FOLIO-MAPCOUNT"
@@ -25,6 +26,7 @@ ID = "FOLIO-MAPCOUNT"
 _FINDINGS_MAX = 4096
 # Page frames of which one array of bits tells whether their count was met: 32 KiB each.
 _CHUNK = 1 << 18
+_CHUNKS_AT_ONCE = 8
 # Blocks are put together when they have so many folios, or as many as there were before.
 _BLOCK = 1 << 16
 
@@ -41,6 +43,11 @@ _ROW = np.dtype(
         ("pid", "<i8"),
     ]
 )
+
+
+def _not_one(count: I64) -> Bool:
+    several: Bool = count != 1
+    return several
 
 
 def _add_up(table: Table) -> Table:
@@ -67,6 +74,28 @@ class _Bits:
         for number, _, at in self._split(frames):
             bits = self._chunks.setdefault(number, np.zeros(_CHUNK // 8, dtype=np.uint8))
             np.bitwise_or.at(bits, at >> 3, (1 << (at & 7)).astype(np.uint8))
+
+    def claim(self, frames: U64) -> bool:
+        """Set page frames that are all different and of which none is set; False, and nothing done, if not.
+
+        False too if they are too far apart to see that quickly.
+        """
+        first, last = int(frames.min()) // _CHUNK, int(frames.max()) // _CHUNK
+        if last - first >= _CHUNKS_AT_ONCE:
+            return False
+        mask = np.zeros((last - first + 1) * _CHUNK, dtype=bool)
+        mask[(frames - np.uint64(first * _CHUNK)).view(np.int64)] = True
+        if np.count_nonzero(mask) != len(frames):
+            return False
+        bits = dict(enumerate(np.packbits(mask, bitorder="little").reshape(-1, _CHUNK // 8), first))
+        if any((bits[n] & self._chunks[n]).any() for n in bits if n in self._chunks):
+            return False
+        for number, new in bits.items():
+            if number in self._chunks:
+                self._chunks[number] |= new
+            elif new.any():
+                self._chunks[number] = new.copy()
+        return True
 
     def test(self, frames: U64) -> npt.NDArray[np.bool_]:
         out = np.zeros(len(frames), dtype=bool)
@@ -140,9 +169,14 @@ class FolioMapcounts:
         judged = anonymous & batch.present
         if "large_mapcount" not in self.layout.large_counts:
             judged &= ~folios.large
-        where = np.flatnonzero(judged)
-        if not len(where):
+        if not judged.any():
             return
+        # Most are small, and mapped once: their counts are met here and now.
+        ordinary = judged.all() and not folios.large.any()
+        ordinary = ordinary and not each(_not_one, folios.page_mapcount).any()
+        if ordinary and self._met.claim(folios.head):
+            return
+        where = np.flatnonzero(judged)
         heads, first, found = np.unique(folios.head[where], return_index=True, return_counts=True)
         first = where[first]
         block = np.zeros(len(heads), dtype=_ROW)

@@ -151,6 +151,34 @@ def test_any_machine(seed, block, monkeypatch):
         assert (finding.expected, finding.actual) == (found[head], counts[head])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_page_frames_are_claimed_once(seed, monkeypatch):
+    monkeypatch.setattr(mapcount, "_CHUNK", 64)
+    random = np.random.default_rng(seed)
+    bits, known = mapcount._Bits(), set()
+    claimed = 0
+    for _ in range(60):
+        first = int(random.integers(0, 4000))
+        frames = (first + random.integers(0, random.choice([20, 200, 800]), 8)).astype(np.uint64)
+        far = frames.max() // 64 - frames.min() // 64 >= mapcount._CHUNKS_AT_ONCE
+        free = not far and len(set(frames.tolist())) == 8 and not known & set(frames.tolist())
+        assert bits.claim(frames) == free
+        if free:
+            known |= set(frames.tolist())
+            claimed += 1
+        everything = np.arange(5000, dtype=np.uint64)
+        assert set(np.flatnonzero(bits.test(everything)).tolist()) == known
+    assert 0 < claimed < 60
+
+
+def test_folio_that_another_process_maps_beyond_its_count():
+    machine = Machine(dict.fromkeys(range(1, 9), 1))
+    machine.process(10, list(range(1, 9)))
+    machine.process(11, [8])
+    [finding] = machine.check.findings()
+    assert (finding.expected, finding.actual, finding.pages) == (2, 1, 1)
+
+
 def test_memory_is_that_of_what_is_still_to_come(monkeypatch):
     monkeypatch.setattr(mapcount, "_BLOCK", 10)
     machine = Machine(dict.fromkeys(range(1, 2000), 1) | {5000: 2})

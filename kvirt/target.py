@@ -24,6 +24,11 @@ from kvirt.memory import map_core
 logging.getLogger("drgn").setLevel(logging.CRITICAL)
 
 
+# What libkdumpfile says of kdump-compressed cores that do not name their architecture, as QEMU's do not. Then
+# it is taken for the one that kvirt reads: nothing in a core of another would make sense as such.
+_NO_ARCHITECTURE = "KDUMP_ATTR_ARCH_NAME"
+
+
 class Kind(enum.StrEnum):
     """What a target is."""
 
@@ -74,15 +79,23 @@ def _check_elf_core(path: Path) -> None:
         )
 
 
-def _open_core(prog: drgn.Program, path: Path) -> None:
+def _open_core(path: Path) -> drgn.Program:
+    prog = drgn.Program()
     try:
         if path.is_fifo():
             raise KvirtError(f"{path} is a pipe: give --core a vmcore in a file.")
         if path.is_file() and path.stat().st_size == 0:
             raise KvirtError(f"{path} is empty: take the dump again, with enough disk space.")
         _check_elf_core(path)
-        prog.set_core_dump(path)
+        try:
+            prog.set_core_dump(path)
+        except Exception as error:
+            if _NO_ARCHITECTURE not in str(error):
+                raise
+            prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
+            prog.set_core_dump(path)
         map_core(prog, path)
+        return prog
     except FileNotFoundError:
         raise KvirtError(f"{path} does not exist: give --core the path of a vmcore.") from None
     except IsADirectoryError:
@@ -205,7 +218,7 @@ def open_target(
     prog = drgn.Program()
     if core is not None:
         kind, location = Kind.CORE, str(core)
-        _open_core(prog, core)
+        prog = _open_core(core)
     elif qemu is not None:
         kind, location = Kind.QEMU, str(qemu)
         _open_qemu(prog, qemu)

@@ -6,7 +6,14 @@ import signal
 import drgn
 import pytest
 
+from kvirt.checks.process import ProcessChecker
+from kvirt.checks.task import check_task
+from kvirt.findings import Severity
 from kvirt.lab.guest import GuestError
+from kvirt.layout import layout_of
+from kvirt.memory import core_of
+from kvirt.target import open_target
+from kvirt.tasks import find_process
 
 PATIENCE = 180
 
@@ -78,6 +85,14 @@ def test_a_debugger_on_the_host_reads_the_running_guest(guest73):
 def test_a_kdump_compressed_dump(guest73, tmp_path):
     core = guest73.dump(tmp_path / "vmcore", "kdump-zlib")
     assert core.read_bytes()[:12] == b"makedumpfile"
+    # It does not name its architecture, and has nothing to be read from directly.
+    target = open_target(core=core, symbols=[guest73.kernel.vmlinux])
+    assert core_of(target.prog) is None
+    checker = ProcessChecker(target.prog, layout_of(target.prog), moves=False)
+    report = check_task(checker, find_process(target.prog, guest73.workload["pid"]))
+    assert not [finding for finding in report.findings if finding.severity is Severity.ERROR]
+    assert report.incomplete == []
+    assert report.pages.anon > 1000
 
 
 def test_a_format_that_this_qemu_lacks_is_a_sentence_and_no_file(guest73, tmp_path):

@@ -14,7 +14,9 @@ import click
 from tabulate import tabulate
 
 from kvirt.errors import KvirtError
+from kvirt.lab.bench.commands import measure_commands
 from kvirt.lab.bench.dumps import measure_pages
+from kvirt.lab.bench.vmas import measure_vmas
 from kvirt.lab.guest import Guest, GuestError
 from kvirt.lab.kernels import get_kernel
 from kvirt.lab.progress import TerminalReport, step
@@ -28,7 +30,9 @@ TRACERS = ("bare", "empty", "kvirt", "bpftrace")
 STARTS = 3
 EVENTS = {"copy-vma": 2000, "split-vma": 500, "rmap": 2000, "fault": 4000}
 PYTHON = ["python3", "-m"]
-PARTS = ("pages", "hits", "start", "overhead")
+# Those that boot guests of their own.
+OWN = {"commands": measure_commands, "vmas": measure_vmas, "pages": measure_pages}
+PARTS = (*OWN, "hits", "start", "overhead")
 
 
 def show(title, rows, headers):
@@ -180,7 +184,7 @@ def trace(guest, parts, rounds, report, document):
 @click.command(help=__doc__)
 @click.argument("parts", nargs=-1, type=click.Choice(PARTS))
 @click.option("--rounds", default=20, show_default=True, help="Measurements of each event.")
-@click.option("--looks", default=5, show_default=True, help="Times that the pages of a dump are looked at.")
+@click.option("--looks", default=5, show_default=True, help="Times that a dump is looked at.")
 @click.option(
     "--json", "file", type=click.Path(path_type=Path), default=Path("bench.json"), show_default=True
 )
@@ -189,10 +193,10 @@ def main(parts, rounds, looks, file):
     report = TerminalReport()
     parts = set(parts or PARTS)
     document = {"schema": "kvirt.bench/1", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    if "pages" in parts:
-        # Guests of its own, which need the machine's memory.
-        document["pages"] = measure_pages(get_kernel(MODERN, report), looks, report, show)
-    if parts - {"pages"}:
+    for part, measure_part in OWN.items():
+        if part in parts:
+            document[part] = measure_part(get_kernel(MODERN, report), looks, report, show)
+    if parts - set(OWN):
         with Guest(get_kernel(MODERN, report), timeout=LIFETIME, report=report) as guest:
             trace(guest, parts, rounds, report, document)
     file.write_text(json.dumps(document, indent=2) + "\n")

@@ -39,6 +39,9 @@ class Memory:
         """Memory the guest needs for it."""
         # Pages, memmap and page tables; to scatter them it takes as many more.
         pages = self.pages * (2 if self.shape == "fragmented" else 1)
+        if self.shape == "chain":
+            # Each page is a process, with what the interpreter writes to.
+            pages = self.pages * 4 * MI // 4096
         return pages * (4096 + 64 + 8) // MI + 768
 
 

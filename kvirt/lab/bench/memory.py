@@ -65,7 +65,20 @@ def mixed(pages: int) -> None:
             sc.mprotect(place, PAGE_SIZE, READ_WRITE)
 
 
-SHAPES: dict[str, Callable[[int], None]] = {"contiguous": contiguous, "huge": huge, "mixed": mixed}
+def vmas(pages: int) -> None:
+    """Base pages, each a VMA of its own: what may be written and what may not takes turns."""
+    at = _map(pages, sc.MADV_NOHUGEPAGE)
+    _touch(at, pages)
+    for place in range(at, at + pages * PAGE_SIZE, 2 * PAGE_SIZE):
+        sc.mprotect(place, PAGE_SIZE, sc.PROT_READ)
+
+
+SHAPES: dict[str, Callable[[int], None]] = {
+    "contiguous": contiguous,
+    "huge": huge,
+    "mixed": mixed,
+    "vmas": vmas,
+}
 
 
 def scatter(pages: int) -> None:
@@ -105,19 +118,55 @@ def _child(shape: Callable[[int], None], pages: int) -> int:
     return pid
 
 
+def _link(at: int, depth: int, left: int, pipe: int) -> None:
+    """Start a process that writes to one of the pages, and those below it; each tells its PID."""
+    if os.fork():
+        return
+    try:
+        sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
+        sc.store(at + depth * PAGE_SIZE, 1, 1)
+        os.write(pipe, b"%d\n" % os.getpid())
+        if left > 1:
+            _link(at, depth + 1, left - 1, pipe)
+        signal.pause()
+    finally:
+        os._exit(1)
+
+
+def chain(processes: int) -> list[int]:
+    """Start processes, each the child of the one before: they share as many pages, and copy one each."""
+    at = _map(processes, sc.MADV_NOHUGEPAGE)
+    _touch(at, processes)
+    ours, theirs = os.pipe()
+    _link(at, 0, processes, theirs)
+    os.close(theirs)
+    with os.fdopen(ours) as pipe:
+        pids = [int(pipe.readline() or 0) for _ in range(processes)]
+    if 0 in pids:
+        raise MemoryError(f"there is no room for {processes} processes")
+    return pids
+
+
 def main() -> None:
     """Make memory, say whose it is, and keep it until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", choices=[*SHAPES, "fragmented"])
+    parser.add_argument("shape", choices=[*SHAPES, "fragmented", "chain"])
     parser.add_argument("pages", type=int)
     parser.add_argument("processes", type=int, nargs="?", default=1)
     options = parser.parse_args()
     share = options.pages // options.processes
+    if options.shape == "chain":
+        _say(chain(options.pages), options.pages)
+        return
     if options.shape == "fragmented":
         scatter(options.pages)
     shape = SHAPES.get(options.shape, contiguous)
     pids = [_child(shape, share) for _ in range(options.processes)]
-    print(json.dumps({"pids": pids, "pages": share * options.processes}), flush=True)
+    _say(pids, share * options.processes)
+
+
+def _say(pids: list[int], pages: int) -> None:
+    print(json.dumps({"pids": pids, "pages": pages}), flush=True)
     # They end with this process.
     sys.stdin.read()
 

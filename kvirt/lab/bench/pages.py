@@ -26,7 +26,7 @@ from kvirt.checks.task import check_task
 from kvirt.cli.common import page_progress
 from kvirt.findings import Report, Severity
 from kvirt.lab.bench.limit import Limit
-from kvirt.lab.bench.plain import count_wrong
+from kvirt.lab.bench.plain import count_lists, count_wrong
 from kvirt.layout import layout_of
 from kvirt.target import Target, open_target
 from kvirt.tasks import find_process
@@ -49,6 +49,9 @@ class Taken:
     """Anonymous base pages looked at in a round."""
     wrong: int = 0
     """Of these, with a wrong index."""
+    vmas: int = 0
+    avcs: int = 0
+    """VMAs and anon_vma_chains gone through, where these are counted."""
 
 
 @dataclass(slots=True)
@@ -105,6 +108,15 @@ class Bench:
             file = os.open(self.core, os.O_RDONLY)
             taken.wrong = sum(limit.run(file) for limit in limits)
             os.close(file)
+
+        return run
+
+    def lists(self, taken: Taken) -> Callable[[], None]:
+        """VMAs and their lists of anon_vma_chains, one at a time."""
+        tasks = [find_task(self.target.prog, pid) for pid in self.pids]
+
+        def run() -> None:
+            taken.vmas, taken.avcs = count_lists(tasks)
 
         return run
 
@@ -180,6 +192,7 @@ WAYS: dict[str, Way] = {
     "loop": Bench.loop,
     "limit": Bench.limit,
     "inflate": Bench.inflate,
+    "lists": Bench.lists,
     "check-pid": Bench.check_pid,
     "progress": Bench.progress,
     "rereading": Bench.rereading,

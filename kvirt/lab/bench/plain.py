@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The plain way to check the index of every anonymous folio of a process: a page at a time."""
+"""The plain ways: the index of anonymous folios a page at a time, VMAs and their chains one by one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import drgn
+from drgn.helpers.linux.list import list_for_each
 from drgn.helpers.linux.mm import compound_head, follow_page, for_each_vma, page_index
 
 from kvirt.mm.vma import linear_anon_page_index, vma_is_temporary_stack, vma_snapshot
@@ -55,3 +56,16 @@ def count_wrong(task: drgn.Object, most: int | None = None) -> tuple[int, int]:
         checked += 1
         wrong += page.index != page.expected
     return checked, wrong
+
+
+def count_lists(tasks: list[drgn.Object]) -> tuple[int, int]:
+    """VMAs of some processes, and anon_vma_chains of these.
+
+    :param tasks: ``struct task_struct *`` each
+    """
+    vmas = avcs = 0
+    for task in tasks:
+        for vma in for_each_vma(task.mm):
+            vmas += 1
+            avcs += sum(1 for _ in list_for_each(vma.anon_vma_chain.address_of_()))
+    return vmas, avcs

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What it takes to start kvirt, and to come to the verdict about a small process of a dump."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from kvirt.lab.bench.dumps import Dump, Memory, Show, dumped
+from kvirt.lab.guest import GuestError
+from kvirt.lab.kernels import Kernel
+from kvirt.lab.progress import Report, step
+from kvirt.lab.tree import TREE
+
+KVIRT = [sys.executable, "-m", "kvirt"]
+STARTS = {
+    "python3 -c pass": [sys.executable, "-c", "pass"],
+    "kvirt --version": [*KVIRT, "--version"],
+    "kvirt --help": [*KVIRT, "--help"],
+}
+LOAD = """
+import sys, drgn
+prog = drgn.Program()
+prog.set_core_dump(sys.argv[1])
+prog.load_debug_info([sys.argv[2]])
+prog["init_task"].comm
+"""
+# Pages of the small process.
+PAGES = 256
+
+
+def measure_commands(kernel: Kernel, rounds: int, report: Report, show: Show) -> dict[str, Any]:
+    """Start commands in turns, and print what they took beyond what nobody can do without."""
+    with step(report, f"Starting kvirt, {rounds} rounds", "commands"):
+        starts = _take_turns(STARTS, rounds)
+    bare = statistics.median(starts["python3 -c pass"])
+    rows = [
+        [name, f"{median * 1000:.0f}", f"{(median - bare) * 1000:+.0f}"]
+        for name, seconds in starts.items()
+        for median in [statistics.median(seconds)]
+    ]
+    show("Starting kvirt", rows, ["", "median ms", "beyond python3 -c pass"])
+    with dumped(kernel, Memory("contiguous", PAGES), report, "elf") as [dump]:
+        ways = _ways(dump)
+        with step(report, f"Checking a small process, {rounds} rounds", "commands"):
+            verdicts = _take_turns(ways, rounds)
+    load, check = (statistics.median(verdicts[name]) for name in ways)
+    rows = [
+        ["drgn loads the symbols", f"{load:.2f}", ""],
+        ["kvirt check-pid", f"{check:.2f}", f"{check / load - 1:+.0%}"],
+    ]
+    show(f"A process of {PAGES} pages in a dump", rows, ["", "median s", "beyond loading"])
+    return {"starts": starts, "verdicts": verdicts}
+
+
+def _ways(dump: Dump) -> dict[str, list[str]]:
+    core, vmlinux = str(dump.core), str(dump.vmlinux)
+    return {
+        "load": [sys.executable, "-c", LOAD, core, vmlinux],
+        "check-pid": [*KVIRT, "-c", core, "-s", vmlinux, "check-pid", str(dump.pids[0])],
+    }
+
+
+def _take_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each command takes from start to end, some rounds after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for number in range(rounds + 1):
+        for name, argv in commands.items():
+            began = time.perf_counter()
+            done = subprocess.run(argv, cwd=TREE, capture_output=True, text=True)
+            took = time.perf_counter() - began
+            if done.returncode != 0:
+                raise GuestError(f"{name} failed.", "\n" + done.stderr[-2000:])
+            if number:
+                seconds[name].append(took)
+    return seconds

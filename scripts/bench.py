@@ -16,6 +16,7 @@ from tabulate import tabulate
 from kvirt.errors import KvirtError
 from kvirt.lab.bench.commands import measure_commands
 from kvirt.lab.bench.dumps import measure_pages
+from kvirt.lab.bench.running import measure_running
 from kvirt.lab.bench.vmas import measure_vmas
 from kvirt.lab.guest import Guest, GuestError
 from kvirt.lab.kernels import get_kernel
@@ -31,7 +32,7 @@ STARTS = 3
 EVENTS = {"copy-vma": 2000, "split-vma": 500, "rmap": 2000, "fault": 4000}
 PYTHON = ["python3", "-m"]
 # Those that boot guests of their own.
-OWN = {"commands": measure_commands, "vmas": measure_vmas, "pages": measure_pages}
+OWN = {"commands": measure_commands, "vmas": measure_vmas, "pages": measure_pages, "live": measure_running}
 PARTS = (*OWN, "hits", "start", "overhead")
 
 

@@ -26,9 +26,11 @@ PACKAGES = {
     "depmod": "kmod",
     "dpkg-deb": "dpkg",
     "fallocate": "util-linux",
+    "make": "make",
     "mmdebstrap": "mmdebstrap",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
+    "tar": "tar",
     "unshare": "util-linux",
 }
 # A user's PATH often leaves these out, and depmod lives there.

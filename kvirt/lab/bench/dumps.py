@@ -72,20 +72,27 @@ def free_mib() -> int:
 
 
 @contextlib.contextmanager
+def memory_of(kernel: Kernel, memory: Memory, report: Report) -> Iterator[tuple[Guest, list[int]]]:
+    """A guest in which processes have some memory, and the processes' PIDs."""
+    with Guest(kernel, memory=f"{memory.guest_mib}M", timeout=2 * PATIENCE, report=report) as guest:
+        argv = ["python3", "-m", "kvirt.lab.bench.memory", memory.shape, memory.pages, memory.processes]
+        process = guest.popen([str(word) for word in argv])
+        with step(report, f"Faulting in {size(memory.pages)} pages, {memory.shape}", "memory"):
+            line = process.readline(PATIENCE)
+        if not line:
+            raise GuestError("The guest could not get its memory.", process.stderr_text())
+        yield guest, json.loads(line)["pids"]
+
+
+@contextlib.contextmanager
 def dumped(kernel: Kernel, memory: Memory, report: Report, *formats: str) -> Iterator[list[Dump]]:
     """Dumps of one guest with some memory, in one or more formats. They are gone afterwards."""
     assert kernel.vmlinux is not None
     with tempfile.TemporaryDirectory(prefix="kvirt-bench-") as directory:
-        with Guest(kernel, memory=f"{memory.guest_mib}M", timeout=2 * PATIENCE, report=report) as guest:
-            argv = ["python3", "-m", "kvirt.lab.bench.memory", memory.shape, memory.pages, memory.processes]
-            process = guest.popen([str(word) for word in argv])
-            with step(report, f"Faulting in {size(memory.pages)} pages, {memory.shape}", "memory"):
-                line = process.readline(PATIENCE)
-            if not line:
-                raise GuestError("The guest could not get its memory.", process.stderr_text())
+        with memory_of(kernel, memory, report) as (guest, pids):
             cores = [guest.dump(Path(directory) / format_, format_) for format_ in formats]
         # The guest has ended: its memory is free for the page cache.
-        yield [Dump(core, kernel.vmlinux, json.loads(line)["pids"]) for core in cores]
+        yield [Dump(core, kernel.vmlinux, pids) for core in cores]
 
 
 def size(pages: int) -> str:

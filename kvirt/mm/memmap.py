@@ -22,6 +22,8 @@ _GAP_PAGES = 256
 _RUN_PAGES = 1 << 16
 # Struct pages that are copied together, and taken apart while they are in the processor's cache.
 _BLOCK_PAGES = 1 << 13
+# Those that are held at once when drgn reads them, with all between them.
+_POOL_PAGES = 1 << 18
 _CACHE_KEY = "kvirt.memmap"
 # Sections so close are looked up with all between them.
 _NEAR = 256
@@ -49,7 +51,7 @@ def read_struct_pages(
         return _gather(core, layout, at, names), np.ones(len(pfns), dtype=bool)
     at = sections.find(pfns)
     good = at >= 0
-    out = {name: np.zeros(len(pfns), dtype=layout.page_dtype[name]) for name in names}
+    out = _none(layout, len(pfns), names)
     here = _gather(core, layout, at[good], names)
     rest, rest_good = _read_any(prog, layout, pfns[~good], names)
     for name in names:
@@ -125,44 +127,67 @@ class _Sections:
 
 def _read_any(prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str]) -> tuple[Members, Bool]:
     """As :func:`read_struct_pages`, through drgn."""
-    unique, where = np.unique(pfns, return_inverse=True)
-    pages, good = _read_ascending(prog, layout, unique)
-    return {name: pages[name][where] for name in names}, good[where]
+    if not len(pfns):
+        return _none(layout, 0, names), np.ones(0, dtype=bool)
+    ascending = np.sort(pfns)
+    breaks = np.flatnonzero(np.diff(ascending) > _GAP_PAGES)
+    first = ascending[np.concatenate(([0], breaks + 1))]
+    sizes = ascending[np.concatenate((breaks, [-1]))] - first + np.uint64(1)
+    total = int(sizes.sum())
+    if total > _POOL_PAGES:
+        # Both halves have something in them, however far away a wild one is.
+        lower = pfns <= ascending[0] + (ascending[-1] - ascending[0]) // np.uint64(2)
+        out, good = _none(layout, len(pfns), names), np.ones(len(pfns), dtype=bool)
+        for part in (lower, ~lower):
+            some, good[part] = _read_any(prog, layout, pfns[part], names)
+            for name in names:
+                out[name][part] = some[name]
+        return out, good
+    ends = np.cumsum(sizes)
+    pool, readable = np.zeros(total, dtype=layout.page_dtype), np.ones(total, dtype=bool)
+    reader = _Reader(prog, layout)
+    for pfn, size, end in zip(first.tolist(), sizes.tolist(), ends.tolist(), strict=True):
+        reader.read_neighbours(pfn, pool[end - size : end], readable[end - size : end])
+    run = np.searchsorted(first, pfns, side="right") - 1
+    at = (pfns - (first - (ends - sizes))[run]).astype(np.intp)
+    return {name: pool[name].take(at) for name in names}, readable[at]
 
 
-def _read_ascending(prog: drgn.Program, layout: Layout, pfns: U64) -> tuple[npt.NDArray[np.void], Bool]:
-    """Struct pages of page frames in ascending order, and which could be read."""
-    size = layout.page.size
-    out = np.zeros(len(pfns), dtype=layout.page_dtype)
-    good = np.ones(len(pfns), dtype=bool)
-    # A page frame that no memory can have is damage, and its struct page may lie past the last address.
-    frames = (layout.physical_mask >> layout.page_shift) + 1
-    limit = np.uint64(min(frames, ((1 << 64) - layout.vmemmap) // size))
+def _none(layout: Layout, number: int, names: Sequence[str]) -> Members:
+    return {name: np.zeros(number, dtype=layout.page_dtype[name]) for name in names}
 
-    def read_run(start: int, end: int) -> None:
-        first = int(pfns[start])
-        count = int(pfns[end - 1]) - first + 1
+
+class _Reader:
+    """Reads struct pages of page frames that follow one another."""
+
+    def __init__(self, prog: drgn.Program, layout: Layout) -> None:
+        self._prog, self._base, self._size = prog, layout.vmemmap, layout.page.size
+        # A page frame that no memory can have is damage, and its struct page may lie past the last address.
+        frames = (layout.physical_mask >> layout.page_shift) + 1
+        self._limit = min(frames, ((1 << 64) - self._base) // self._size)
+
+    def read_neighbours(self, first: int, out: npt.NDArray[np.void], good: Bool) -> None:
+        """Fill *out*, and say in *good* which could be read; those that could not keep what is there.
+
+        :param first: the page frame of the first
+        """
+        valid = max(0, min(len(out), self._limit - first))
+        good[valid:] = False
+        for start in range(0, valid, _RUN_PAGES):
+            part = slice(start, min(start + _RUN_PAGES, valid))
+            self._read(first + start, out[part], good[part])
+
+    def _read(self, first: int, out: npt.NDArray[np.void], good: Bool) -> None:
         try:
-            data = prog.read(layout.vmemmap + first * size, count * size)
+            data = self._prog.read(self._base + first * self._size, len(out) * self._size)
         except drgn.FaultError:
-            if end - start == 1:
-                good[start] = False
-            else:
-                # Halve until the bad ones are alone; there are few.
-                middle = (start + end) // 2
-                read_run(start, middle)
-                read_run(middle, end)
+            if len(out) == 1:
+                good[0] = False
+                return
+            # Halve until the bad ones are alone; there are few.
+            middle = len(out) // 2
+            self._read(first, out[:middle], good[:middle])
+            self._read(first + middle, out[middle:], good[middle:])
             return
-        run = np.frombuffer(data, dtype=layout.page_dtype)
-        out[start:end] = run[(pfns[start:end] - pfns[start]).astype(np.intp)]
-
-    valid = int(np.searchsorted(pfns, limit))
-    good[valid:] = False
-    start = 0
-    gaps = np.flatnonzero(np.diff(pfns[:valid]) > _GAP_PAGES) + 1
-    for stop in [*gaps.tolist(), valid]:
-        while start < stop:
-            end = int(np.searchsorted(pfns[:stop], pfns[start] + np.uint64(_RUN_PAGES)))
-            read_run(start, end)
-            start = end
-    return out, good
+        # As bytes, which are copied in one piece.
+        out.view(np.uint8)[:] = np.frombuffer(data, dtype=np.uint8)

@@ -140,3 +140,11 @@ def test_struct_pages_that_are_hidden_come_through_drgn(made_up):
 def test_without_the_file_everything_comes_through_drgn(made_up):
     unmap_core(made_up)
     assert indexes(made_up, 5, 7) == [6, None]
+
+
+@pytest.mark.parametrize("pool", [1, 300, 1 << 18])
+def test_struct_pages_in_no_order_however_much_is_held(made_up, monkeypatch, pool):
+    unmap_core(made_up)
+    monkeypatch.setattr(memmap, "_POOL_PAGES", pool)
+    assert indexes(made_up, 0x10001, 5, 1 << 51, 7, 0x8001, 5) == [0x10002, 6, None, None, 0x8002, 6]
+    assert indexes(made_up) == []

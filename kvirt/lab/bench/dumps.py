@@ -111,22 +111,24 @@ def _millions(taken: dict[str, Any], part: str = "seconds") -> str:
 
 Show = Callable[[str, list[list[str]], list[str]], None]
 
-SIZES = (64 * KI, 256 * KI, MI, 4 * MI)
-LOOP_SIZE = 256 * KI
-SHAPES = (Memory("fragmented", 256 * KI), Memory("fragmented", MI), Memory("huge", MI), Memory("mixed", MI))
+# 1 GiB, in which the plain loop and all shapes are measured.
+USUAL = Memory("contiguous", 256 * KI)
+LARGE = Memory("contiguous", MI)
+LARGEST = Memory("contiguous", 4 * MI)
+SHAPES = [Memory(shape, USUAL.pages) for shape in ("fragmented", "huge", "mixed")]
+MEMORIES = [Memory("contiguous", 64 * KI), USUAL, *SHAPES, LARGE, LARGEST]
 
 
 def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> dict[str, Any]:
     """How fast pages are looked through, beside the plain loop and the fastest that the file can be read."""
     document: dict[str, Any] = {}
     rows: list[list[str]] = []
-    memories = [*(Memory("contiguous", pages) for pages in SIZES), *SHAPES]
-    for memory in memories:
+    for memory in MEMORIES:
         name = f"{memory.shape} {size(memory.pages)}"
         if memory.guest_mib > free_mib():
             report(f"{name} is left out: the guest needs {memory.guest_mib} MiB, and {free_mib()} are free.")
             continue
-        compressed = memory == Memory("contiguous", LOOP_SIZE)
+        compressed = memory == USUAL
         formats = ["elf", *(["kdump-zlib"] if compressed else [])]
         with dumped(kernel, memory, report, *formats) as dumps, step(report, f"Looking at {name}", "pages"):
             document[name] = _measure(dumps[0], memory, rounds)
@@ -145,11 +147,11 @@ def _measure(dump: Dump, memory: Memory, rounds: int) -> dict[str, Any]:
     alone = dump.measure(1, "check-pid")
     # Huge pages take next to no reading, and the limit would say little.
     ways = ["check-pid", *(["limit"] if memory.shape in ("contiguous", "fragmented") else [])]
-    if memory == Memory("contiguous", LOOP_SIZE):
+    if memory == USUAL:
         ways += ["loop", "inflate"]
-    if memory == Memory("contiguous", MI):
+    if memory == LARGE:
         ways += ["progress", "rereading"]
-    if memory == Memory("contiguous", max(SIZES)):
+    if memory in (LARGE, LARGEST):
         ways.append("check-all")
     side_by_side = dump.measure(rounds, *ways)
     return {**side_by_side, "drgn_kib": alone["drgn_kib"], "added_kib": alone["added_kib"]}

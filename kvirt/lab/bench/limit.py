@@ -25,6 +25,8 @@ from kvirt.mm.pagetable import U64, WalkTroubles, for_each_leaf, leaf_pfn, leaf_
 
 # Pages that are compared at once, so that what was read for them is still in the cache.
 _BLOCK = 1 << 14
+# And where they are all over the memory: so many that most of what lies between is wanted too.
+_SCATTERED_BLOCK = 1 << 18
 _TABLE_BYTES = 4096
 # Bytes of the file so close are read in one piece.
 _GAP = 4096
@@ -69,17 +71,22 @@ class Limit:
         self._sections: dict[int, int] = {}
         self._blocks: list[_Block] = []
         own = [vma for vma in space.vmas() if vma.anon_vma]
+        found = []
         for leaves in for_each_leaf(prog, layout, space.pgd, WalkTroubles()):
             if leaves.level:
                 continue
             folios = read_folios(prog, layout, leaf_pfn(layout, leaves))
             keep = leaf_present(leaves) & folios.is_anon() & ~folios.large
-            address, pfn = leaves.address[keep], folios.head[keep]
+            found.append((leaves.address[keep], folios.head[keep]))
+        if found:
+            address, pfn = (np.concatenate(columns) for columns in zip(*found, strict=True))
             for vma in own:
                 first, last = np.searchsorted(address, [vma.vm_start, vma.vm_end]).tolist()
                 expected = ((address - np.uint64(vma.vm_start)) >> np.uint64(12)) + np.uint64(vma.anon_pgoff)
-                for start in range(first, last, _BLOCK):
-                    part = slice(start, min(start + _BLOCK, last))
+                scattered = np.count_nonzero(np.diff(pfn[first:last]) != 1) * 8 > last - first
+                size = _SCATTERED_BLOCK if scattered else _BLOCK
+                for start in range(first, last, size):
+                    part = slice(start, min(start + size, last))
                     self._blocks.append(self._block(address[part], pfn[part], expected[part]))
         self.pages = sum(len(block.expected) for block in self._blocks)
         self._tables = self._buffer([block.tables for block in self._blocks])

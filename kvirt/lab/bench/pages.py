@@ -32,7 +32,7 @@ from kvirt.target import Target, open_target
 from kvirt.tasks import find_process
 
 # Pages that the plain loop looks at: it takes seconds for them, and each page takes it the same time.
-LOOP_PAGES = 300_000
+LOOP_PAGES = 1 << 16
 
 
 @dataclass(slots=True)

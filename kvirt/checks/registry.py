@@ -228,13 +228,15 @@ class PageBatch:
 
     def _linear(self, pgoff: U64) -> U64:
         unit, row = self._unit(), self.row
-        delta = self.address - pick(self.table.start, row)
-        delta >>= np.uint64(self.layout.page_shift)
-        first = pick(pgoff, row)
-        if unit is not None:
-            first, delta = first >> unit, delta >> unit
-        delta += first
-        return delta
+        shift = np.uint64(self.layout.page_shift)
+        if unit is None:
+            # Pages since the VMA's first whole one, and its offset: what is added is the same in all of it.
+            first = (self.table.start + np.uint64(self.layout.page_size - 1)) >> shift
+            index = self.address >> shift
+            index += pick(pgoff - first, row)
+            return index
+        delta = (self.address - pick(self.table.start, row)) >> shift
+        return (pick(pgoff, row) >> unit) + (delta >> unit)
 
     def _unit(self) -> U64 | None:
         """Order of the units in which the folio of each page is indexed; None where all are base pages.
@@ -269,9 +271,7 @@ class PageViolations:
     @classmethod
     def none(cls, batch: PageBatch) -> PageViolations:
         """None of a batch."""
-        pages = len(batch.address)
-        zero = constant(np.uint64(0), pages)
-        return cls(constant(np.bool_(False), pages), zero, zero)
+        return cls(np.zeros(len(batch.address), dtype=bool), batch.address, batch.address)
 
 
 MmRun = Callable[[AddressSpace], Iterator[Violation]]

@@ -85,6 +85,8 @@ class Folios:
 
     def has(self, flags: int) -> Bool:
         """Which pages have one of some page flags."""
+        if not np.bitwise_or.reduce(self.flags) & flags:
+            return np.zeros(len(self.flags), dtype=bool)
         return each(lambda have: (have & np.uint64(flags)) != 0, self.flags)
 
     def anon_vma(self) -> U64:

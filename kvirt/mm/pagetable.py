@@ -217,11 +217,11 @@ def _read_runs(prog: drgn.Program, physical: U64, addresses: U64, troubles: Walk
 def _children(tables: U64, bases: U64, level: int, shift: int) -> tuple[U64, U64]:
     """Entries of tables that are not empty, and the addresses that they start at."""
     span = np.uint64(shift + 9 * level)
-    used = (tables & ~_ERRATUM) != 0
-    if used.all():
+    if len(tables) and tables.min() > _ERRATUM:
+        # None is empty.
         addresses = bases[:, np.newaxis] + (np.arange(_ENTRIES, dtype=np.uint64) << span)
         return tables.reshape(-1), addresses.reshape(-1)
-    where = np.flatnonzero(used)
+    where = np.flatnonzero((tables & ~_ERRATUM) != 0)
     columns = (where % _ENTRIES).astype(np.uint64)
     return tables.reshape(-1)[where], bases[where // _ENTRIES] + (columns << span)
 

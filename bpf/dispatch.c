@@ -7,6 +7,11 @@ BPF_PROG_ARRAY(programs, 16);
 
 int dispatch(struct registers *ctx)
 {
+	struct counts *all = counters();
+
 	programs.call(ctx, bpf_get_attach_cookie(ctx));
+	/* A program that is called does not come back. */
+	if (all)
+		count(all, KV_LOST_DISPATCH);
 	return 0;
 }

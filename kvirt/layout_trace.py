@@ -101,10 +101,9 @@ class TraceLayout:
     """Functions that can be the ``rmap_one`` of a walk, sorted; their arguments are folio, vma, address
     and arg."""
     fprobe: bool = False
-    """Whether the kernel can have one probe at the entries of many functions."""
+    """Whether the kernel can have one probe at many functions."""
     fprobe_returns: bool = False
-    """Whether one probe can see them return, too: where it has a rethook, it sees no more than two calls for
-    each processor at a time, fewer than a kretprobe of each function does."""
+    """Whether such a probe waits for any number of returns; a rethook has room for some only."""
 
 
 class _Members:

@@ -25,8 +25,6 @@ class Probe:
     function: str
     enter: str
     leave: str | None = None
-    brief: bool = False
-    """Whether it never sleeps, so that no processor is in more than one call of it."""
 
 
 @contextmanager
@@ -66,6 +64,13 @@ def refusals(what: str) -> Iterator[None]:
             ) from error
 
 
+# kernel/kprobes.c, register_kretprobe(): calls of one function whose return can be waited for, at the least.
+KRETPROBE_ROOM = 10
+# kernel/trace/fprobe.c before Linux 6.14, fprobe_init_rethook(): in all functions together, for each of them
+# and each processor.
+FPROBE_ROOM = 2
+
+
 class Hooks:
     """What is attached.
 
@@ -77,8 +82,8 @@ class Hooks:
         """Prepare.
 
         :param bpf: the compiled programs, a ``bcc.BPF``
-        :param fprobe: whether one probe can be at the entries of many functions
-        :param fprobe_returns: the same of their returns
+        :param fprobe: whether one probe can be at many functions
+        :param fprobe_returns: whether it can wait for any number of returns
         """
         self._bpf = bpf
         self._bcc = bcc
@@ -87,8 +92,7 @@ class Hooks:
         self._links: dict[str, KprobeMulti] = {}
         self._missed = 0
         self._cookies: dict[str, int] = {}
-        self._entries: list[Probe] = []
-        self._returns: list[Probe] = []
+        self._singles: dict[str, list[Probe]] = {"entries": [], "steps": [], "returns": []}
 
     def attach(self, probes: Sequence[Probe], addresses: Mapping[str, int]) -> dict[str, str]:
         """Attach all that the kernel lets; return why it does not, by function.
@@ -99,82 +103,95 @@ class Hooks:
         refused: dict[str, str] = {}
         leaving = [probe for probe in probes if probe.leave is not None]
         # Returns first: whoever is seen to enter is seen to leave.
-        many = [probe for probe in leaving if self._fprobe and (self._fprobe_returns or probe.brief)]
-        if not self._attach_many("returns", many, addresses):
-            many = []
-        for probe in leaving:
-            if probe not in many:
-                self._attach_one(self._bpf.attach_kretprobe, probe, probe.leave or "", self._returns, refused)
+        self._attach("returns", leaving, addresses, refused, self._has_room(len(leaving)))
         left = [probe for probe in probes if probe.function not in refused]
-        entering = [probe for probe in left if probe.leave is None]
         # Then what is called on the way: a walk that is seen to begin is seen whole.
-        for name, some in (("steps", entering), ("entries", [probe for probe in left if probe.leave])):
-            if not (self._fprobe and self._attach_many(name, some, addresses)):
-                for probe in some:
-                    self._attach_one(self._bpf.attach_kprobe, probe, probe.enter, self._entries, refused)
+        self._attach("steps", [p for p in left if p.leave is None], addresses, refused, self._fprobe)
+        self._attach("entries", [p for p in left if p.leave], addresses, refused, self._fprobe)
         return refused
 
     @property
+    def single(self) -> bool:
+        """Whether some functions have a probe of their own."""
+        return any(self._singles.values())
+
+    @property
     def missed(self) -> int:
-        """Calls that the kernel could not hand on to a program."""
+        """Calls that the kernel could not hand on to a program, as far as it tells."""
         return self._missed + sum(link.missed() for link in self._links.values())
 
     def detach(self) -> bool:
-        """Take away what is attached, if anything is. Calls that were seen to begin get the time to be seen
-        to end."""
-        if not (self._links or self._entries or self._returns):
+        """Take away what is attached, if anything is, in the other order. Calls that were seen to begin get
+        the time to be seen to end, with all that is on the way."""
+        if not (self._links or self.single):
             return False
-        for name in ("entries", "steps"):
-            self._close(name)
-        for probe in self._entries:
-            self._let_go(self._bpf.detach_kprobe, probe.function, probe.enter)
-        if "returns" in self._links or self._returns:
+        self._detach("entries")
+        if "returns" in self._links or self._singles["returns"]:
             time.sleep(GRACE)
-        self._close("returns")
-        for probe in self._returns:
-            self._let_go(self._bpf.detach_kretprobe, probe.function, probe.leave or "")
-        self._entries.clear()
-        self._returns.clear()
+        self._detach("steps")
+        self._detach("returns")
         return True
 
-    def _close(self, name: str) -> None:
+    def _has_room(self, functions: int) -> bool:
+        """Whether one probe of all waits for as many returns of any function as its own would."""
+        room = FPROBE_ROOM * functions * os.sysconf("SC_NPROCESSORS_CONF")
+        return self._fprobe and (self._fprobe_returns or room >= KRETPROBE_ROOM)
+
+    def _attach(
+        self,
+        name: str,
+        probes: Sequence[Probe],
+        addresses: Mapping[str, int],
+        refused: dict[str, str],
+        together: bool,
+    ) -> None:
+        if not (together and self._attach_many(name, probes, addresses)):
+            for probe in probes:
+                self._attach_one(name, probe, refused)
+
+    def _detach(self, name: str) -> None:
+        # Nothing may keep the others from being detached.
         link = self._links.pop(name, None)
         if link is not None:
-            self._missed += link.close()
+            with suppress(OSError):
+                self._missed += link.close()
+        detach = self._bpf.detach_kretprobe if name == "returns" else self._bpf.detach_kprobe
+        for probe in self._singles[name]:
+            with suppress(Exception):
+                detach(probe.function, self._program(name, probe))
+        self._singles[name].clear()
+
+    @staticmethod
+    def _program(name: str, probe: Probe) -> str:
+        return (probe.leave or "") if name == "returns" else probe.enter
 
     def _attach_many(self, name: str, probes: Sequence[Probe], addresses: Mapping[str, int]) -> bool:
         """Attach one probe to all of them: to their returns if it has that name, else to their entries."""
         if not probes:
             return True
-        returns = name == "returns"
-        wanted = {addresses[p.function]: (p.leave or "") if returns else p.enter for p in probes}
+        wanted = {addresses[probe.function]: self._program(name, probe) for probe in probes}
         with refusals("The kernel refuses a program"):
             cookies = {address: self._cookie(program) for address, program in wanted.items()}
             dispatcher = self._load("dispatch")
         # One of the functions may be the reason: each for itself, which will tell.
         with suppress(OSError):
-            self._links[name] = KprobeMulti(dispatcher.fd, cookies, returns)
+            self._links[name] = KprobeMulti(dispatcher.fd, cookies, name == "returns")
             return True
         for program in set(wanted.values()):
             self._unload(program)
         return False
 
     def _cookie(self, program: str) -> int:
-        """Have a program called for a cookie."""
+        """Have a program called for a cookie; 0 is what the kernel gives where it has none."""
         if program not in self._cookies:
-            self._cookies[program] = len(self._cookies)
+            self._cookies[program] = len(self._cookies) + 1
             index, fd = ctypes.c_int(self._cookies[program]), ctypes.c_int(self._load(program).fd)
             self._bpf["programs"][index] = fd
         return self._cookies[program]
 
-    def _attach_one(
-        self,
-        attach: Callable[..., None],
-        probe: Probe,
-        program: str,
-        attached: list[Probe],
-        refused: dict[str, str],
-    ) -> None:
+    def _attach_one(self, name: str, probe: Probe, refused: dict[str, str]) -> None:
+        program = self._program(name, probe)
+        attach = self._bpf.attach_kretprobe if name == "returns" else self._bpf.attach_kprobe
         with refusals("The kernel refuses a program"):
             self._bpf.load_func(program, self._bcc.BPF.KPROBE)
         with complaints() as said:
@@ -184,7 +201,7 @@ class Hooks:
                 words = " ".join(said().split()) or str(error)
                 refused[probe.function] = f"the kernel refused the probe ({words})."
                 return
-        attached.append(probe)
+        self._singles[name].append(probe)
 
     def _load(self, program: str) -> Any:
         return self._bpf.load_func(program, self._bcc.BPF.KPROBE, attach_type=BPF_TRACE_KPROBE_MULTI)
@@ -194,9 +211,3 @@ class Hooks:
         function = self._bpf.funcs.pop(program.encode(), None)
         if function is not None:
             os.close(function.fd)
-
-    @staticmethod
-    def _let_go(detach: Callable[..., None], function: str, program: str) -> None:
-        # Nothing may keep the others from being detached.
-        with suppress(Exception):
-            detach(function, program)

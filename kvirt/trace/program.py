@@ -44,6 +44,7 @@ LOST = {
     "processes": f"hits and fallbacks of processes beyond the first {PROCESSES}",
     "stacks": "stacks of displaced VMAs for which there was no room",
     "family": "descendants of the command for which there was no room",
+    "dispatch": "calls for which the kernel did not find the program",
     "violations": "details of violations for which there was no room",
 }
 """What may be lost, and the words for it."""

@@ -59,9 +59,7 @@ def probes(request: Request, layout: TraceLayout) -> list[Probe]:
             if name in layout.arguments or name in layout.absent
         ]
         # Page table locks are held.
-        wanted += [
-            Probe(name, "enter_new_anon_rmap", "leave_new_anon_rmap", brief=True) for name in NEW_ANONS
-        ]
+        wanted += [Probe(name, "enter_new_anon_rmap", "leave_new_anon_rmap") for name in NEW_ANONS]
     if request.copy_vma:
         wanted.append(Probe("copy_vma", "enter_copy_vma", "leave_copy_vma"))
     if request.split_vma:
@@ -181,6 +179,11 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self._detach()
+
+    @property
+    def single(self) -> bool:
+        """Whether some functions have a kprobe of their own."""
+        return self._hooks.single
 
     def follow(self, pid: int) -> None:
         """Count a process, and from now on its descendants too (``Request.family``)."""

@@ -14,6 +14,7 @@ from kvirt.layout_trace import TraceLayout
 from kvirt.scheme import Scheme
 from kvirt.trace import program, session
 from kvirt.trace.environment import load_bcc
+from kvirt.trace.hooks import Hooks
 
 HEADERS = ("linux/mm.h", "linux/rmap.h", "linux/sched.h", "uapi/linux/ptrace.h")
 CALLBACKS = (
@@ -78,6 +79,8 @@ LAYOUT = TraceLayout(
     absent={},
     missing={},
     callbacks=CALLBACKS,
+    fprobe=True,
+    fprobe_returns=True,
 )
 
 
@@ -93,10 +96,9 @@ def main() -> None:
     bpf = bcc.BPF(text=text, cflags=[*session.DIALECT, *flags])
     for i, name in enumerate(CALLBACKS):
         bpf["callbacks"][ctypes.c_uint64(bcc.BPF.ksymname(name))] = ctypes.c_uint32(i)
-    for probe in session.probes(request, LAYOUT):
-        if probe.leave is not None:
-            bpf.attach_kretprobe(event=probe.function, fn_name=probe.leave)
-        bpf.attach_kprobe(event=probe.function, fn_name=probe.enter)
+    probes = session.probes(request, LAYOUT)
+    addresses = {probe.function: bcc.BPF.ksymname(probe.function) for probe in probes}
+    Hooks(bpf, bcc, LAYOUT.fprobe, LAYOUT.fprobe_returns).attach(probes, addresses)
     print(
         [
             sum(column)

@@ -422,13 +422,15 @@ def command(
             return
         environment.check()
         with busy("compiling and attaching the programs"):
-            reading = Aside(_layout)
-            # Only now what takes its time.
-            bcc = environment.load_bcc()
-            from kvirt.trace.session import Session
+            with Aside(_layout) as reading:
+                # Only now what takes its time.
+                bcc = environment.load_bcc()
+                from kvirt.trace.session import Session
 
-            layout = reading.result()
+                layout = reading.result()
             session = stack.enter_context(Session(request, layout, bcc))
+            for sentence in environment.switched_off(session.single):
+                raise KvirtError(sentence)
         printer = Printer(plan, f"Linux {os.uname().release} ({layout.scheme}), {about}")
         signals.counting = True
         if signals.command is not None:
@@ -438,9 +440,11 @@ def command(
             except CannotRun as error:
                 _say([str(error)])
                 ctx.exit(error.status)
+        # While it is attached.
+        single = session.single
         gone = None if pid is None else stack.enter_context(Exit(pid))
         total = _count(session, printer, plan, signals, gone)
-        doubts = environment.switched_off()
+        doubts = environment.switched_off(single)
         if gone is not None and gone():
             _say([f"PID {pid} has exited: this is all that there was of it."])
         status = None if signals.command is None else signals.command.status()

@@ -8,49 +8,74 @@ import pickle
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import Generic, TypeVar
 
 from kvirt.errors import KvirtError
 
 T = TypeVar("T")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Aside(Generic[T]):
-    """A function that runs in a process of its own: threads would share one interpreter's lock, which whoever
-    loads a library holds."""
+    """A function that runs in a process of its own while the context is entered: threads would share one
+    interpreter's lock, which whoever loads a library holds."""
 
     def __init__(self, work: Callable[[], T]) -> None:
-        """Begin. What *work* returns is pickled."""
+        """Prepare.
+
+        :param work: what it returns is pickled
+        """
+        self._work = work
+
+    def __enter__(self) -> Aside[T]:
         self._result, result = os.pipe()
+        # Nobody's handlers are to run in there, and nobody's context to be left.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._pid = os.fork()
-        if self._pid:
-            os.close(result)
-            return
-        # Nobody's handlers are to run here, and nobody's context to be left.
-        with suppress(BaseException):
-            for number in (signal.SIGINT, signal.SIGTERM):
+        if self._pid == 0:
+            for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-            answer: T | Exception
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self._pid == 0:
+            os.close(self._result)
+            self._run(result)
+        os.close(result)
+        return self
+
+    def _run(self, result: int) -> None:
+        with suppress(BaseException):
             try:
-                answer = work()
-            except Exception as error:
-                answer = error
+                answer = pickle.dumps((self._work(), None))
+            except KvirtError as error:
+                answer = pickle.dumps((None, str(error)))
             with os.fdopen(result, "wb") as file:
-                pickle.dump(answer, file)
+                file.write(answer)
         os._exit(0)
 
     def result(self) -> T:
-        """Wait for what the function returns.
+        """Wait for what the function returns. If that process comes to no end, this one does it again.
 
-        :raises Exception: what it raised
-        :raises KvirtError: if it was ended
+        :raises KvirtError: as the function does
         """
-        with os.fdopen(self._result, "rb") as file:
+        with os.fdopen(os.dup(self._result), "rb") as file:
             answer = file.read()
+        try:
+            value, refused = pickle.loads(answer)
+        except (EOFError, pickle.UnpicklingError):
+            return self._work()
+        if refused is not None:
+            raise KvirtError(refused)
+        done: T = value
+        return done
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._result)
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
-        if not answer:
-            raise KvirtError("A process that kvirt had started was ended by somebody: run kvirt again.")
-        value: T | Exception = pickle.loads(answer)
-        if isinstance(value, Exception):
-            raise value
-        return value

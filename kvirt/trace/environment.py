@@ -85,26 +85,24 @@ def _check_kprobes(root: Path) -> None:
             "This kernel has no kprobes, and so no function of it can be traced: it needs CONFIG_KPROBES=y "
             "and CONFIG_KPROBE_EVENTS=y."
         )
-    for sentence in switched_off(root):
-        raise KvirtError(sentence)
 
 
-# By file that holds 0 when probes are attached and not called: what is off, and how it is turned on.
-_SWITCHES = {
-    "sys/kernel/debug/kprobes/enabled": "Kprobes are",
-    "proc/sys/kernel/ftrace_enabled": "Tracing of functions is",
-}
+def switched_off(single: bool, root: Path = Path("/")) -> list[str]:
+    """Return a sentence for each reason why probes that are attached are not called.
 
-
-def switched_off(root: Path = Path("/")) -> list[str]:
-    """Return a sentence for each reason why probes that are attached are not called."""
+    :param single: whether there are kprobes of one function among them: others have nothing to do with that
+        switch
+    """
+    switches = {"proc/sys/kernel/ftrace_enabled": "Tracing of functions is"}
+    if single:
+        switches["sys/kernel/debug/kprobes/enabled"] = "Kprobes are"
     sentences = []
-    for path, what in _SWITCHES.items():
+    for path, what in switches.items():
         # Without debugfs nobody can have turned them off, unless it was unmounted since.
         with suppress(OSError):
             if (root / path).read_text().strip() == "0":
                 sentences.append(
-                    f"{what} turned off, and nothing would be counted: turn it on with 'echo 1 > /{path}'."
+                    f"{what} turned off, and not everything is counted: turn it on with 'echo 1 > /{path}'."
                 )
     return sentences
 

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections import Counter
+from functools import partial
 
 import jsonschema
 import pytest
@@ -39,12 +40,14 @@ def attached(guest):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(guest73):
+def nothing_left(request):
     """Whatever a test does, the kernel has the same programs and probes behind it."""
-    before = attached(guest73)
-    assert "copy_vma" not in before
+    names = {"guest73", "legacy_guest"} & set(request.fixturenames)
+    guests = [request.getfixturevalue(name) for name in names]
+    before = [attached(guest) for guest in guests]
+    assert not any("copy_vma" in looked for looked in before)
     yield
-    assert attached(guest73) == before
+    assert [attached(guest) for guest in guests] == before
 
 
 UNSHARED = ["unshare", "-m", "sh", "-ec"]
@@ -71,11 +74,6 @@ NO_BTF = """
 mount --bind /tmp/empty /sys/kernel/btf/vmlinux
 exec kvirt trace
 """
-NO_KPROBES = f"""
-trap 'echo 1 >{KPROBES}/enabled' EXIT
-echo 0 >{KPROBES}/enabled
-kvirt trace
-"""
 
 
 @pytest.mark.parametrize(
@@ -86,7 +84,6 @@ kvirt trace
         pytest.param(["sh", "-ec", NO_BCC], "needs bcc, which is not installed", id="no-bcc"),
         pytest.param([*UNSHARED, NO_HEADERS], "There are no kernel headers in", id="no-headers"),
         pytest.param([*UNSHARED, NO_BTF], "BTF", id="no-btf"),
-        pytest.param(["sh", "-ec", NO_KPROBES], "Kprobes are turned off", id="no-kprobes"),
         pytest.param(["kvirt", "trace", "-p", "4194304"], "no process with PID 4194304", id="no-pid"),
         pytest.param(["kvirt", "trace", "--cgroup", "no/such"], "no cgroup no/such in", id="no-cgroup"),
     ],
@@ -100,18 +97,26 @@ def test_one_sentence(guest73, argv, words):
 
 
 @pytest.fixture
-def start(guest73):
-    """Start a command, which is killed at the end of the test if it still runs; wait for its first line."""
+def start_in():
+    """Start a command in a guest, which is killed at the end of the test if it still runs; wait for its first
+    line.
+    """
     processes = []
 
-    def one(*argv):
-        processes.append(guest73.popen(argv))
+    def one(guest, *argv):
+        processes.append(guest.popen(argv))
         assert processes[-1].readline(PATIENCE), processes[-1].stderr_text()
         return processes[-1]
 
     yield one
     for process in processes:
         process.signal()
+
+
+@pytest.fixture
+def start(guest73, start_in):
+    """The same, in one guest."""
+    return partial(start_in, guest73)
 
 
 def move(*movers):
@@ -204,13 +209,30 @@ def test_screen(guest73):
     )
 
 
-def test_killed(guest73, start):
-    before = attached(guest73)
-    tracer = start("kvirt", "trace", "--stacks", "0.5")
-    assert "copy_vma" in attached(guest73)
+def killed(guest, start_in, *words):
+    before = attached(guest)
+    tracer = start_in(guest, "kvirt", "trace", *words, "0.5")
+    assert "copy_vma" in attached(guest)
     look = f"kill -9 {tracer.pid}; sleep {GONE}; {LOOK}"
-    assert guest73.run(["sh", "-c", look], timeout=PATIENCE, check=True).stdout == before
+    assert guest.run(["sh", "-c", look], timeout=PATIENCE, check=True).stdout == before
     assert tracer.wait(PATIENCE) == 128 + signal.SIGKILL
+
+
+def test_killed(guest73, start_in):
+    killed(guest73, start_in, "--stacks")
+
+
+def test_killed_on_a_legacy_kernel(legacy_guest, start_in):
+    killed(legacy_guest, start_in)
+
+
+def test_kprobes_that_are_turned_off(legacy_guest):
+    """One function alone has a kprobe for its return there."""
+    switch = f"echo 0 >{KPROBES}/enabled; trap 'echo 1 >{KPROBES}/enabled' EXIT; kvirt trace copy-vma"
+    done = legacy_guest.run(["sh", "-c", switch], timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert re.fullmatch(r"kvirt: Kprobes are turned off, [^\n]+\.\n", done.stderr), done.stderr
 
 
 def test_lockdown():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 import os
 import signal
+import time
 
 import pytest
 
@@ -12,29 +13,58 @@ def refuse():
     raise KvirtError("This kernel has no BTF.")
 
 
-def end():
-    os.kill(os.getpid(), signal.SIGKILL)
+def run(work):
+    with Aside(work) as aside:
+        return aside.result()
 
 
 def test_result_is_of_another_process():
-    here, there = os.getpid(), Aside(os.getpid).result()
+    here, there = os.getpid(), run(os.getpid)
     assert there != here
 
 
 def test_large_results_come_whole():
-    assert Aside(lambda: list(range(300_000))).result() == list(range(300_000))
+    assert run(lambda: list(range(300_000))) == list(range(300_000))
 
 
 def test_errors_come_back():
     with pytest.raises(KvirtError, match=r"^This kernel has no BTF\.$"):
-        Aside(refuse).result()
+        run(refuse)
 
 
-def test_what_is_ended_is_told():
-    with pytest.raises(KvirtError, match="ended by somebody"):
-        Aside(end).result()
+def test_what_comes_to_no_end_there_is_done_here():
+    here = os.getpid()
+
+    def end_elsewhere():
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+
+    assert run(end_elsewhere) == "done"
 
 
-def test_defects_come_back_too():
+def test_defects_are_not_swallowed():
     with pytest.raises(ZeroDivisionError):
-        Aside(lambda: 1 / 0).result()
+        run(lambda: 1 / 0)
+
+
+def test_nothing_is_left_of_one_that_nobody_waits_for():
+    began = time.monotonic()
+    with Aside(lambda: time.sleep(60)):
+        pass
+    assert time.monotonic() - began < 30
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_signals_of_the_terminal_end_it():
+    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(3))
+    try:
+        with Aside(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60)) as aside:
+            began = time.monotonic()
+            os.waitid(os.P_PID, aside._pid, os.WEXITED | os.WNOWAIT)
+            assert time.monotonic() - began < 30
+            status = os.waitid(os.P_PID, aside._pid, os.WEXITED | os.WNOWAIT)
+        assert (status.si_code, status.si_status) == (os.CLD_KILLED, signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

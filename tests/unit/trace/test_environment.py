@@ -8,7 +8,7 @@ import pytest
 
 from kvirt.errors import KvirtError
 from kvirt.trace import environment
-from kvirt.trace.environment import check, load_bcc
+from kvirt.trace.environment import check, load_bcc, switched_off
 
 RELEASE = "7.3.4-test"
 FILES = {
@@ -48,7 +48,18 @@ def test_all_is_there(machine):
 
 
 def test_what_cannot_be_read_says_nothing(machine):
-    check(machine(enabled=None, ftrace_enabled=None, lockdown=None))
+    root = machine(enabled=None, ftrace_enabled=None, lockdown=None)
+    check(root)
+    assert switched_off(True, root) == []
+
+
+def test_probes_that_are_not_called(machine):
+    kprobes = "Kprobes are turned off, and not everything is counted: turn it on with "
+    functions = kprobes.replace("Kprobes are", "Tracing of functions is")
+    assert switched_off(True, machine()) == []
+    root = machine(enabled="0\n", ftrace_enabled="0\n")
+    assert switched_off(False, root) == [f"{functions}'echo 1 > /proc/sys/kernel/ftrace_enabled'."]
+    assert switched_off(True, root)[1:] == [f"{kprobes}'echo 1 > /sys/kernel/debug/kprobes/enabled'."]
 
 
 @pytest.mark.parametrize(
@@ -61,14 +72,6 @@ def test_what_cannot_be_read_says_nothing(machine):
         (
             {"status": "Uid:\t0\t0\t0\t0\nCapEff:\t00000000a80425fb\n"},
             "Root may not trace the kernel here, because it lacks CAP_SYS_ADMIN, .*",
-        ),
-        (
-            {"enabled": "0\n"},
-            r"Kprobes are turned off, .* on with 'echo 1 > /sys/kernel/debug/kprobes/enabled'\.",
-        ),
-        (
-            {"ftrace_enabled": "0\n"},
-            r"Tracing of functions is turned off, .* 'echo 1 > /proc/sys/kernel/ftrace_enabled'\.",
         ),
         (
             {"lockdown": "none integrity [confidentiality]\n"},

@@ -34,6 +34,8 @@ def machine(monkeypatch):
         entered = left = 0
 
     class Session:
+        single = False
+
         def __init__(self, request, layout, bcc):
             Machine.request = request
 

@@ -22,6 +22,8 @@ _GAP_PAGES = 256
 _RUN_PAGES = 1 << 16
 # Struct pages that are copied together, and taken apart while they are in the processor's cache.
 _BLOCK_PAGES = 1 << 13
+# Page frames that lie so dense are not sorted: so many struct pages are read for each.
+_DENSE = 2
 # Those that are held at once when drgn reads them, with all between them.
 _POOL_PAGES = 1 << 18
 _CACHE_KEY = "kvirt.memmap"
@@ -129,14 +131,11 @@ def _read_any(prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str
     """As :func:`read_struct_pages`, through drgn."""
     if not len(pfns):
         return _none(layout, 0, names), np.ones(0, dtype=bool)
-    ascending = np.sort(pfns)
-    breaks = np.flatnonzero(np.diff(ascending) > _GAP_PAGES)
-    first = ascending[np.concatenate(([0], breaks + 1))]
-    sizes = ascending[np.concatenate((breaks, [-1]))] - first + np.uint64(1)
+    first, sizes = _near(pfns)
     total = int(sizes.sum())
     if total > _POOL_PAGES:
         # Both halves have something in them, however far away a wild one is.
-        lower = pfns <= ascending[0] + (ascending[-1] - ascending[0]) // np.uint64(2)
+        lower = pfns <= first[0] + (pfns.max() - first[0]) // np.uint64(2)
         out, good = _none(layout, len(pfns), names), np.ones(len(pfns), dtype=bool)
         for part in (lower, ~lower):
             some, good[part] = _read_any(prog, layout, pfns[part], names)
@@ -148,9 +147,21 @@ def _read_any(prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str
     reader = _Reader(prog, layout)
     for pfn, size, end in zip(first.tolist(), sizes.tolist(), ends.tolist(), strict=True):
         reader.read_neighbours(pfn, pool[end - size : end], readable[end - size : end])
-    run = np.searchsorted(first, pfns, side="right") - 1
-    at = (pfns - (first - (ends - sizes))[run]).astype(np.intp)
-    return {name: pool[name].take(at) for name in names}, readable[at]
+    starts = first - (ends - sizes)
+    base = starts[0] if len(starts) == 1 else starts[np.searchsorted(first, pfns, side="right") - 1]
+    at = (pfns - base).astype(np.intp)
+    return {name: pool[name].take(at) for name in names}, readable.take(at)
+
+
+def _near(pfns: U64) -> tuple[U64, U64]:
+    """Runs with the page frames in them: the first of each, and how many, in ascending order."""
+    low, high = pfns.min(), pfns.max()
+    if high - low < np.uint64(_DENSE * len(pfns)):
+        return np.array([low]), np.array([high - low + np.uint64(1)])
+    ascending = np.sort(pfns)
+    breaks = np.flatnonzero(np.diff(ascending) > _GAP_PAGES)
+    first = ascending[np.concatenate(([0], breaks + 1))]
+    return first, ascending[np.concatenate((breaks, [-1]))] - first + np.uint64(1)
 
 
 def _none(layout: Layout, number: int, names: Sequence[str]) -> Members:

@@ -7,14 +7,17 @@ import json
 import statistics
 from typing import Any
 
-from kvirt.lab.bench.dumps import KI, PATIENCE, Memory, Show, memory_of, size
+from kvirt.lab.bench.dumps import KI, MI, PATIENCE, Memory, Show, memory_of, size
 from kvirt.lab.bench.pagetypes import page_types
 from kvirt.lab.guest import Guest, GuestError
 from kvirt.lab.kernels import Kernel
 from kvirt.lab.progress import Report, step
 
 PLACE = "/root/page-types"
-MEMORIES = (Memory("contiguous", 64 * KI), Memory("contiguous", 256 * KI), Memory("fragmented", 256 * KI))
+MEMORIES = (
+    *(Memory("contiguous", pages) for pages in (64 * KI, 256 * KI, MI)),
+    Memory("fragmented", 256 * KI),
+)
 
 
 def measure_running(kernel: Kernel, rounds: int, report: Report, show: Show) -> dict[str, Any]:

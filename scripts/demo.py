@@ -67,7 +67,7 @@ def on_host(*argv, status=0, quiet=False):
 def in_guest(guest, report, *argv):
     """Run kvirt in the guest, show it, and return its stdout."""
     words = ["kvirt", *map(str, argv)]
-    with step(report, "Loading the kernel's types in the guest, which is slow without KVM"):
+    with step(report, "Loading the kernel's types in the guest, which is slow without KVM", "check"):
         done = guest.run(["env", f"COLUMNS={WIDTH}", *words], timeout=PATIENCE)
     show(words, done.stderr + done.stdout, prompt="guest#")
     expect(done.returncode == 0, f"exit status {done.returncode}, not 0: {done.stderr}")
@@ -101,8 +101,7 @@ def demonstrate(guest, directory):
     click.echo(f"PID {pid}: {len(document['regions'])} regions with known page offsets")
 
     say("1. Live, inside the guest")
-    with step(report, "Loading the kernel's types in the guest, which is slow without KVM", "check"):
-        live = in_guest(guest, "check-pid", pid)
+    live = in_guest(guest, report, "check-pid", pid)
 
     say("2. From outside, while the guest runs")
     running = on_host("--qemu", guest.qmp_socket, "-s", vmlinux, "check-pid", pid)

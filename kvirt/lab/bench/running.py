@@ -13,7 +13,8 @@ from kvirt.lab.guest import Guest, GuestError
 from kvirt.lab.kernels import Kernel
 from kvirt.lab.progress import Report, step
 
-PLACE = "/root/page-types"
+# Where commands in the guest start.
+PLACE = "./page-types"
 MEMORIES = (
     *(Memory("contiguous", pages) for pages in (64 * KI, 256 * KI, MI)),
     Memory("fragmented", 256 * KI),

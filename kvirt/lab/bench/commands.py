@@ -6,10 +6,11 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from typing import Any
 
 from kvirt.lab.bench.dumps import Dump, Memory, Show, dumped
+from kvirt.lab.bench.turns import take_turns
 from kvirt.lab.guest import GuestError
 from kvirt.lab.kernels import Kernel
 from kvirt.lab.progress import Report, step
@@ -65,15 +66,10 @@ def _ways(dump: Dump) -> dict[str, list[str]]:
 
 
 def _take_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each command takes from start to end, some rounds after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for number in range(rounds + 1):
-        for name, argv in commands.items():
-            began = time.perf_counter()
-            done = subprocess.run(argv, cwd=TREE, capture_output=True, text=True)
-            took = time.perf_counter() - began
-            if done.returncode != 0:
-                raise GuestError(f"{name} failed.", "\n" + done.stderr[-2000:])
-            if number:
-                seconds[name].append(took)
-    return seconds
+    return take_turns({name: partial(_run, name, argv) for name, argv in commands.items()}, rounds)
+
+
+def _run(name: str, argv: list[str]) -> None:
+    done = subprocess.run(argv, cwd=TREE, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise GuestError(f"{name} failed.", "\n" + done.stderr[-2000:])

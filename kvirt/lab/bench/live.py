@@ -13,13 +13,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
+from kvirt.lab.bench.turns import take_turns
 from kvirt.lab.procfs import PAGE_SIZE, read_maps
 from kvirt.layout import layout_of
 from kvirt.target import open_target
@@ -88,13 +88,7 @@ def main() -> None:
         subprocess.run([page_types, "-p", str(pid)], stdout=subprocess.DEVNULL, check=True)
 
     ways: dict[str, Callable[[], None]] = {"check-pid": kvirt, "page-types": tool, "plain read": plain}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = take_turns(ways, rounds)
     print(json.dumps({**seen, "seconds": seconds}))
 
 

@@ -14,6 +14,7 @@ import drgn
 import numpy as np
 
 from kvirt.errors import KvirtError
+from kvirt.pgtable import PageTables, arm64, x86_64
 from kvirt.scheme import VM_FLAG_BITS, Scheme, detect_scheme
 
 
@@ -204,10 +205,7 @@ class Layout:
     release: str
     arch: str
     scheme: Scheme
-    page_shift: int
-    pgtable_levels: int
-    physical_mask: int
-    """Physical address bits of a page-table entry (``__PHYSICAL_MASK``)."""
+    pgtable: PageTables
     vmemmap: int
     """Address of the struct page of page frame 0."""
     vma: StructLayout
@@ -260,6 +258,11 @@ class Layout:
     """mremap(MREMAP_DONTUNMAP) makes an emptied source natural again."""
     hugetlb_index_in_pages: bool
     """hugetlb folios are indexed in base pages, as all others (Linux 6.7 and later)."""
+
+    @property
+    def page_shift(self) -> int:
+        """``PAGE_SHIFT``"""
+        return self.pgtable.page_shift
 
     @property
     def page_size(self) -> int:
@@ -532,9 +535,101 @@ def _page_flag(prog: drgn.Program, name: str) -> int:
         return 0
 
 
-def _pgtable_levels(prog: drgn.Program) -> int:
-    l5 = _number(prog, "__pgtable_l5_enabled", 4)
-    return 5 if l5 else 4
+def _vmcoreinfo(prog: drgn.Program, name: str) -> int:
+    """A number of VMCOREINFO, which decides what debug information does not have."""
+    for line in prog["VMCOREINFO"].string_().decode().splitlines():
+        key, _, value = line.partition("=")
+        if key == f"NUMBER({name})":
+            return int(value, 0)
+    raise KvirtError(
+        f"This kernel's VMCOREINFO has no {name}, which tells what its page tables look like: "
+        "this version of kvirt does not know such a kernel; please report its version."
+    )
+
+
+# arch/arm64/include/asm/pgtable-hwdef.h
+_PTE_VALID, _PTE_SHARED, _PTE_NG = 1 << 0, 3 << 8, 1 << 11
+# What entries without access rights have set above: PTE_PROT_NONE until 6.9, and none of them since.
+_PTE_PROT_NONE, _PTE_UPPER = 1 << 58, 0x3F << 58
+# include/linux/mm.h: VM_READ | VM_WRITE | VM_SHARED
+_READ_WRITE_SHARED = 1 | 2 | 8
+
+
+def arm64_marks(none: int, shared: int) -> tuple[bool, bool]:
+    """Tell from two of the kernel's protections how it marks entries.
+
+    :param none: ``PAGE_NONE``
+    :param shared: ``PAGE_SHARED``
+    :returns: whether ``PTE_PROT_NONE`` marks entries without access rights, or else
+        ``PTE_PRESENT_INVALID`` in the place of nG; and whether ``lpa2_is_enabled()``, which leaves no room
+        for shareability
+    :raises KvirtError: if it is neither
+    """
+    upper = none & _PTE_UPPER
+    if none & _PTE_VALID or not none & _PTE_NG or upper not in (0, _PTE_PROT_NONE) or not shared & _PTE_VALID:
+        raise KvirtError(
+            f"The entries of this arm64 kernel's page tables are of an unknown kind (PAGE_NONE is {none:#x}, "
+            f"PAGE_SHARED {shared:#x}): this version of kvirt does not know such a kernel; please report "
+            "its version."
+        )
+    return upper == _PTE_PROT_NONE, not shared & _PTE_SHARED
+
+
+def _arm64(prog: drgn.Program) -> tuple[PageTables, int]:
+    if drgn.sizeof(prog.type("pgd_t")) != 8:
+        raise KvirtError(
+            "This arm64 kernel has page tables of 128-bit entries (FEAT_D128), which this version of kvirt "
+            "does not read."
+        )
+    protections = _address(prog, "protection_map")
+    if protections is None:
+        raise KvirtError(
+            "This arm64 kernel has no protection_map, which tells what its page tables look like: "
+            "kvirt reads arm64 from 6.0 on."
+        )
+    none, shared = (prog.read_u64(protections + 8 * i) for i in (0, _READ_WRITE_SHARED))
+    prot_none, lpa2 = arm64_marks(none, shared)
+    tables = arm64(
+        int(prog["PAGE_SHIFT"].value_()),
+        64 - _vmcoreinfo(prog, "TCR_EL1_T1SZ"),
+        _vmcoreinfo(prog, "VA_BITS"),
+        lpa2=lpa2,
+        prot_none=prot_none,
+    )
+    return tables, _vmcoreinfo(prog, "MAX_PHYSMEM_BITS")
+
+
+def _x86_64(prog: drgn.Program) -> tuple[PageTables, int]:
+    levels = 5 if _number(prog, "__pgtable_l5_enabled", 4) else 4
+    physical_mask = _number(prog, "physical_mask") or (1 << 52) - 1
+    tables = x86_64(levels, physical_mask & ~(_number(prog, "sme_me_mask") or 0))
+    # arch/x86/include/asm/sparsemem.h
+    return tables, 52 if levels == 5 else 46
+
+
+# How a kernel of an architecture tells what its page tables look like, and its MAX_PHYSMEM_BITS.
+_PAGE_TABLES = {drgn.Architecture.X86_64: _x86_64, drgn.Architecture.AARCH64: _arm64}
+
+
+def check_architecture(platform: drgn.Platform | None) -> drgn.Architecture:
+    """Refuse what is not of an architecture that kvirt reads.
+
+    :raises KvirtError: naming it
+    """
+    if platform is None:
+        raise KvirtError(
+            "It is not known which architecture this kernel is of; kvirt reads x86-64 and arm64 ones."
+        )
+    arch = platform.arch
+    if arch not in _PAGE_TABLES or not platform.flags & drgn.PlatformFlags.IS_LITTLE_ENDIAN:
+        name = arch.name.lower()
+        if arch in _PAGE_TABLES:
+            name = f"big-endian {name}"
+        raise KvirtError(
+            f"This kernel is of the architecture {name}; this version of kvirt reads x86-64 and arm64 "
+            "(aarch64, little-endian) ones only, because page tables differ."
+        )
+    return arch
 
 
 def read_layout(prog: drgn.Program) -> Layout:
@@ -542,10 +637,7 @@ def read_layout(prog: drgn.Program) -> Layout:
 
     :raises KvirtError: if kvirt does not know this kind of kernel, or witnesses contradict each other
     """
-    platform = prog.platform
-    if platform is None or platform.arch != drgn.Architecture.X86_64:
-        name = "an unknown architecture" if platform is None else platform.arch.name.lower()
-        raise KvirtError(f"This kernel is for {name}; this version of kvirt reads x86-64 only.")
+    arch = check_architecture(prog.platform)
     try:
         vma_type = prog.type("struct vm_area_struct")
     except LookupError:
@@ -562,8 +654,6 @@ def read_layout(prog: drgn.Program) -> Layout:
     scheme = detect_scheme(_member_names(vma_type), copy_vma)
     large = _large(prog)
     page, page_dtype = _page(prog, large)
-    physical_mask = _number(prog, "physical_mask") or (1 << 52) - 1
-    sme = _number(prog, "sme_me_mask") or 0
     zero_pfn = _number(prog, "zero_page_pfn")
     if zero_pfn is None:
         zero_pfn = _number(prog, "zero_pfn") if _variable(prog, "zero_pfn") is not None else None
@@ -573,7 +663,7 @@ def read_layout(prog: drgn.Program) -> Layout:
     except LookupError:
         # Without CONFIG_SWAP there are no swap entries proper; migration entries still exist.
         max_swapfiles = 32 - 4 - has_hwpoison
-    page_shift, levels = int(prog["PAGE_SHIFT"].value_()), _pgtable_levels(prog)
+    tables, physmem_bits = _PAGE_TABLES[arch](prog)
     page_size = page.size
     has_mask = (
         prog.type("struct page").has_member("compound_info")
@@ -582,11 +672,9 @@ def read_layout(prog: drgn.Program) -> Layout:
     )
     return Layout(
         release=prog["UTS_RELEASE"].string_().decode(),
-        arch="x86_64",
+        arch=arch.name.lower(),
         scheme=scheme,
-        page_shift=page_shift,
-        pgtable_levels=levels,
-        physical_mask=physical_mask & ~sme,
+        pgtable=tables,
         vmemmap=int(prog["vmemmap"].value_()),
         vma=_vma(prog, scheme),
         mm=_struct(
@@ -656,11 +744,10 @@ def read_layout(prog: drgn.Program) -> Layout:
         pg_anon_exclusive=_page_flag(prog, "PG_anon_exclusive"),
         pg_double_map=_page_flag(prog, "PG_double_map"),
         zero_pfn=zero_pfn,
-        zero_pages=((_number(prog, "zero_page_mask") or 0) >> 12) + 1,
+        zero_pages=((_number(prog, "zero_page_mask") or 0) >> tables.page_shift) + 1,
         huge_zero_pfn_address=_address(prog, "huge_zero_pfn"),
         swap_types=SwapTypes(swap_type_names(max_swapfiles, has_hwpoison)),
-        # MAX_PHYSMEM_BITS, arch/x86/include/asm/sparsemem.h
-        swp_pfn_mask=(1 << ((52 if levels == 5 else 46) - page_shift)) - 1,
+        swp_pfn_mask=(1 << (physmem_bits - tables.page_shift)) - 1,
         swap_cache=_swap_cache(prog),
         ksm=_ksm(prog),
         shmem_ops=frozenset(

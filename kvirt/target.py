@@ -17,6 +17,7 @@ import drgn
 
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
+from kvirt.layout import check_architecture
 from kvirt.memory import map_core
 
 # drgn reports what it looked for and missed through this logger. What matters of it is said by the
@@ -230,10 +231,7 @@ def open_target(
             f"{location} is not a dump of a Linux kernel (it has no VMCOREINFO): give --core a vmcore; "
             "QEMU writes a usable one with -device vmcoreinfo and qemu_fw_cfg loaded in the guest."
         )
-    platform = prog.platform
-    if platform is None or platform.arch != drgn.Architecture.X86_64:
-        arch = "an unknown architecture" if platform is None else platform.arch.name.lower()
-        raise KvirtError(f"{location} is of {arch}; this version of kvirt reads x86-64 kernels only.")
+    check_architecture(prog.platform)
     try:
         _load_symbols(prog, symbols)
     except (drgn.FaultError, LookupError, ValueError) as error:

@@ -329,8 +329,7 @@ class ProcessChecker:
         now: dict[int, int] = {}
         for leaves in for_each_leaf(self.prog, self.layout, again.space.pgd, WalkTroubles(), wanted):
             now.update(zip(leaves.address.tolist(), leaves.entry.tolist(), strict=True))
-        # The processor sets the accessed and dirty bits by itself.
-        ignored = ~(1 << 5 | 1 << 6)
+        ignored = ~self.layout.pgtable.touched
         return {a for a, e in entries.items() if now.get(a, 0) & ignored != e & ignored}
 
     def _note_troubles(self, first: _Pass, result: ProcessResult, unsettled: bool) -> None:

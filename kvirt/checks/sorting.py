@@ -133,7 +133,7 @@ class Sorter:
         """Entries that map or stand for pages in memory."""
         layout, table, size = self._layout, self._table, leaves.pages
         counts.present += len(leaves) * size
-        pfn = leaf_pfn(layout, leaves)
+        pfn = leaf_pfn(leaves)
         if not present.all():
             pfn = np.where(present, pfn, swap_pfn(layout, leaves))
         row = table.find(leaves.address)

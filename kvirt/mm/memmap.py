@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvirt.layout import Layout
 from kvirt.memory import PAGE_BYTES, Core, Places, core_of
-from kvirt.mm.pagetable import HUGE_BYTES, U64, Bool, kernel_huge_page
+from kvirt.mm.pagetable import U64, Bool, kernel_huge_page
 
 Members = dict[str, npt.NDArray[Any]]
 
@@ -79,7 +79,8 @@ class _Sections:
         self._prog, self._layout = prog, layout
         self.core, self.version = core, core.version
         # Page frames of one section, in a number of bits.
-        self._bits = (HUGE_BYTES // layout.page.size).bit_length() - 1
+        self._size = layout.pgtable.huge_size
+        self._bits = (self._size // layout.page.size).bit_length() - 1
         # What is beyond all memory of the core has no struct page either, or one that drgn may look for: the
         # last section stands for all of it.
         self._start = np.full((core.end >> self._bits) + 2, _UNKNOWN, dtype=np.int64)
@@ -116,11 +117,11 @@ class _Sections:
 
     def _locate(self, section: int) -> int:
         """Where a section's first struct page is."""
-        address = self._layout.vmemmap + section * HUGE_BYTES
-        physical = kernel_huge_page(self._prog, self._layout, address)
-        if physical is None or address % HUGE_BYTES:
+        address = self._layout.vmemmap + section * self._size
+        physical = kernel_huge_page(self._prog, self._layout.pgtable, address)
+        if physical is None or address % self._size:
             return _NOWHERE
-        frames = np.arange(HUGE_BYTES // PAGE_BYTES, dtype=np.uint64) + np.uint64(physical // PAGE_BYTES)
+        frames = np.arange(self._size // PAGE_BYTES, dtype=np.uint64) + np.uint64(physical // PAGE_BYTES)
         places = self.core.find(frames)
         if places[0] < 0 or (np.diff(places) != 1).any():
             return _NOWHERE
@@ -174,7 +175,7 @@ class _Reader:
     def __init__(self, prog: drgn.Program, layout: Layout) -> None:
         self._prog, self._base, self._size = prog, layout.vmemmap, layout.page.size
         # A page frame that no memory can have is damage, and its struct page may lie past the last address.
-        frames = (layout.physical_mask >> layout.page_shift) + 1
+        frames = 1 << (layout.pgtable.physical_bits - layout.page_shift)
         self._limit = min(frames, ((1 << 64) - self._base) // self._size)
 
     def read_neighbours(self, first: int, out: npt.NDArray[np.void], good: Bool) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""x86-64 page tables, read whole tables at a time and decoded with numpy."""
+"""Page tables, read whole tables at a time and decoded with numpy.
+
+What an entry means is in the tables of kvirt.pgtable, one for each architecture.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import core_of
+from kvirt.memory import PAGE_BYTES, Core, core_of
+from kvirt.pgtable import PageTables, SwapFormat
 
 U64 = npt.NDArray[np.uint64]
 U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
-_ENTRIES = 512
-_TABLE_BYTES = 4096
-HUGE_BYTES = _ENTRIES * _TABLE_BYTES
-"""Of what one entry of a table of the second level maps."""
-# arch/x86/include/asm/pgtable_types.h
-_PAGE_PRESENT = np.uint64(1 << 0)
-_PAGE_RW = np.uint64(1 << 1)
-_PAGE_USER = np.uint64(1 << 2)
-_PAGE_ACCESSED = np.uint64(1 << 5)
-_PAGE_DIRTY = np.uint64(1 << 6)
-_PAGE_NOPTISHADOW = np.uint64(1 << 58)
-_PAGE_NX = np.uint64(1 << 63)
-_PAGE_PSE = np.uint64(1 << 7)
-_PAGE_PROTNONE = np.uint64(1 << 8)
-_PAGE_SPECIAL = np.uint64(1 << 9)
-# What an entry that leads to a table has, _PAGE_TABLE, and what it may have: the accessed bit is cleared
-# where the kernel looks for young tables, and page table isolation marks those of the top table.
-_TABLE_HAS = _PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_DIRTY
-_TABLE_MAY = _TABLE_HAS | _PAGE_ACCESSED | _PAGE_NX | _PAGE_NOPTISHADOW
-# The address, and with it a bit for encrypted memory, may be any: what does not exist cannot be read.
-_TABLE_NOT = ~(_TABLE_MAY | np.uint64((1 << 52) - _TABLE_BYTES))
-# An entry with these alone is none: a processor may set them in an empty one (_KNL_ERRATUM_MASK).
-_ERRATUM = np.uint64(1 << 5 | 1 << 6)
-# arch/x86/include/asm/pgtable_64.h
-SWP_TYPE_BITS = 5
-_SWP_OFFSET_SHIFT = 9 + SWP_TYPE_BITS
 # PTE tables decoded at once: 1 Mi pages. Bounds memory, whatever the size of the process.
 _TABLES_AT_ONCE = 2048
 # And where nothing is won by reading much at once: what belongs to 32 Ki pages stays in a processor's cache
@@ -62,6 +40,8 @@ class Leaves:
     """The entry as the hardware sees it."""
     level: int
     """0: PTE, 1: PMD, 2: PUD."""
+    tables: PageTables
+    """What its bits mean."""
 
     def __len__(self) -> int:
         return len(self.address)
@@ -69,17 +49,17 @@ class Leaves:
     @property
     def pages(self) -> int:
         """Base pages that one entry maps."""
-        return int(_ENTRIES**self.level)
+        return 1 << self.tables.index_bits * self.level
 
     def part(self, which: slice) -> Leaves:
         """Neighbouring entries, in place."""
-        return Leaves(self.address[which], self.entry[which], self.level)
+        return Leaves(self.address[which], self.entry[which], self.level, self.tables)
 
     def take(self, mask: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Leaves:
         """Some of the entries."""
         if mask.dtype == np.bool_ and mask.all():
             return self
-        return Leaves(self.address[mask], self.entry[mask], self.level)
+        return Leaves(self.address[mask], self.entry[mask], self.level, self.tables)
 
 
 @dataclass(slots=True)
@@ -96,9 +76,7 @@ def leaf_present(leaves: Leaves) -> Bool:
     An entry without access rights (PROT_NONE, NUMA hinting) is present for the kernel, though not for
     the processor, and so is a huge page about to be split.
     """
-    bits = _PAGE_PRESENT | _PAGE_PROTNONE
-    if leaves.level:
-        bits |= _PAGE_PSE
+    bits = np.uint64(leaves.tables.present[leaves.level])
     if len(leaves) and np.bitwise_and.reduce(leaves.entry) & bits:
         return np.ones(len(leaves), dtype=bool)
     present: Bool = (leaves.entry & bits) != 0
@@ -107,42 +85,53 @@ def leaf_present(leaves: Leaves) -> Bool:
 
 def leaf_special(leaves: Leaves) -> Bool:
     """Which present entries have no struct page to look at: ``pte_special()`` and its kin."""
-    if not np.bitwise_or.reduce(leaves.entry) & _PAGE_SPECIAL:
+    bit = np.uint64(leaves.tables.special)
+    if not np.bitwise_or.reduce(leaves.entry) & bit:
         return np.zeros(len(leaves), dtype=bool)
-    special: Bool = (leaves.entry & _PAGE_SPECIAL) != 0
+    special: Bool = (leaves.entry & bit) != 0
     return special
 
 
-def leaf_pfn(layout: Layout, leaves: Leaves) -> U64:
-    """Page frame of each present entry: ``pte_pfn()``, ``pmd_pfn()``, ``pud_pfn()``.
+def leaf_pfn(leaves: Leaves) -> U64:
+    """Page frame of each present entry: ``pte_pfn()``, ``pmd_pfn()``, ``pud_pfn()``."""
+    entry, tables = leaves.entry, leaves.tables
+    if tables.inverted:
+        valid = np.uint64(tables.valid)
+        if not np.bitwise_and.reduce(entry) & valid:
+            entry = np.where((entry & valid) == 0, ~entry, entry)
+    return _physical(tables, entry, leaves.level) >> np.uint64(tables.page_shift)
 
-    Entries that the processor must not follow keep their page frame inverted against speculation
-    (arch/x86/include/asm/pgtable-invert.h).
-    """
-    entry = leaves.entry
-    if not np.bitwise_and.reduce(entry) & _PAGE_PRESENT:
-        entry = np.where((entry & _PAGE_PRESENT) == 0, ~entry, entry)
-    mask = layout.physical_mask & ~((_TABLE_BYTES * leaves.pages) - 1)
-    return (entry & np.uint64(mask)) >> np.uint64(layout.page_shift)
+
+def _physical(tables: PageTables, entries: U64, level: int) -> U64:
+    """``tables.physical()`` of each entry."""
+    physical: U64 = entries & np.uint64(tables.address_mask(level))
+    if tables.high:
+        physical |= (entries & np.uint64(tables.high)) << np.uint64(tables.high_shift)
+    return physical
 
 
 def swap_type(leaves: Leaves) -> U8:
-    """Swap type of each entry that is not present: ``__swp_type()``, arch/x86/include/asm/pgtable_64.h."""
-    return (leaves.entry >> np.uint64(64 - SWP_TYPE_BITS)).astype(np.uint8)
+    """Swap type of each entry that is not present: ``__swp_type()``."""
+    types = (leaves.entry >> np.uint64(leaves.tables.swap.type_shift)).astype(np.uint8)
+    return types & np.uint8((1 << SwapFormat.TYPE_BITS) - 1)
 
 
 def swap_offset(leaves: Leaves) -> U64:
-    """Swap offset of each entry that is not present: ``__swp_offset()``, arch/x86/include/asm/pgtable_64.h.
+    """Swap offset of each entry that is not present: ``__swp_offset()``.
 
-    It is stored inverted, so that no entry looks to a speculating processor like memory that exists.
+    Where it is stored inverted, that is so that no entry looks to a speculating processor like memory
+    that exists.
     """
-    return ~leaves.entry << np.uint64(SWP_TYPE_BITS) >> np.uint64(_SWP_OFFSET_SHIFT)
+    swap = leaves.tables.swap
+    entry = ~leaves.entry if swap.inverted else leaves.entry
+    return entry >> np.uint64(swap.offset_shift) & np.uint64((1 << swap.offset_bits) - 1)
 
 
-def absent_entry(type_: int, offset: int) -> int:
-    """The entry of a swap type with a swap offset or page frame (``__swp_entry()``, as above)."""
-    inverted = ~offset & ((1 << (64 - _SWP_OFFSET_SHIFT)) - 1)
-    return type_ << (64 - SWP_TYPE_BITS) | inverted << (_SWP_OFFSET_SHIFT - SWP_TYPE_BITS)
+def absent_entry(tables: PageTables, type_: int, offset: int) -> int:
+    """The entry of a swap type with a swap offset or page frame (``__swp_entry()``)."""
+    swap = tables.swap
+    stored = (~offset if swap.inverted else offset) & ((1 << swap.offset_bits) - 1)
+    return type_ << swap.type_shift | stored << swap.offset_shift
 
 
 def swap_pfn(layout: Layout, leaves: Leaves) -> U64:
@@ -154,85 +143,99 @@ def swap_pfn(layout: Layout, leaves: Leaves) -> U64:
     return swap_offset(leaves) & np.uint64(layout.swp_pfn_mask)
 
 
-def kernel_huge_page(prog: drgn.Program, layout: Layout, address: int) -> int | None:
+def _init_pgd(prog: drgn.Program) -> int:
+    return int(prog["init_mm"].pgd.value_())
+
+
+def kernel_huge_page(prog: drgn.Program, tables: PageTables, address: int) -> int | None:
     """Physical address of the PMD-sized page that the kernel maps at an address, None if it maps no such one.
 
     :raises drgn.FaultError: if the kernel's page tables cannot be read
     """
-    table, physical = int(prog["init_mm"].pgd.value_()), False
-    mask = layout.physical_mask & ~(_TABLE_BYTES - 1)
-    for level in range(layout.pgtable_levels - 1, 0, -1):
-        slot = address >> (layout.page_shift + 9 * level) & (_ENTRIES - 1)
-        entry = prog.read_u64(table + 8 * slot, physical)
-        if not entry & int(_PAGE_PRESENT):
+    table, physical, entries = _init_pgd(prog), False, tables.kernel_entries
+    bits, value = tables.table_type
+    for level in range(tables.levels - 1, 0, -1):
+        entry = prog.read_u64(table + 8 * (address >> tables.shift(level) & (entries - 1)), physical)
+        if not entry & tables.valid:
             return None
-        if entry & int(_PAGE_PSE):
-            span = layout.page_size << 9 * level
-            return int((entry & mask & ~(span - 1)) + address % span) if level < 3 else None
-        table, physical = entry & mask, True
+        if entry & bits != value:
+            span = 1 << tables.shift(level)
+            return tables.physical(entry, level) + address % span if level in tables.leaf_levels else None
+        table, physical = tables.physical(entry), True
+        entries = tables.entries
     return None
 
 
+def _core(prog: drgn.Program, tables: PageTables) -> Core | None:
+    """The core to read tables from directly: only there if a page of it is a table."""
+    return core_of(prog) if tables.page_size == PAGE_BYTES else None
+
+
 def _read_tables(
-    prog: drgn.Program, layout: Layout, entries: U64, addresses: U64, troubles: WalkTroubles
+    prog: drgn.Program, tables: PageTables, entries: U64, addresses: U64, troubles: WalkTroubles
 ) -> tuple[U64, U64]:
-    """Read the tables that entries point to: (n, 512) entries, and the n addresses they start at."""
-    physical = entries & np.uint64(layout.physical_mask & ~(_TABLE_BYTES - 1))
-    core = core_of(prog)
+    """Read the tables that entries point to, a row each, and the addresses that they start at."""
+    physical = _physical(tables, entries, 0)
+    core = _core(prog, tables)
     if core is None:
-        return _read_runs(prog, physical, addresses, troubles)
-    at = core.find(physical >> np.uint64(layout.page_shift))
+        return _read_runs(prog, tables, physical, addresses, troubles)
+    at = core.find(physical >> np.uint64(tables.page_shift))
     here = at >= 0
-    tables = core.gather(at[here], _TABLE_BYTES).view("<u8").reshape(-1, _ENTRIES)
+    found = core.gather(at[here], tables.page_size).view("<u8").reshape(-1, tables.entries)
     if here.all():
-        return tables, addresses
-    rest, rest_at = _read_runs(prog, physical[~here], addresses[~here], troubles)
-    found = np.concatenate((addresses[here], rest_at))
-    order = np.argsort(found)
-    return np.concatenate((tables, rest))[order], found[order]
+        return found, addresses
+    rest, rest_at = _read_runs(prog, tables, physical[~here], addresses[~here], troubles)
+    starts = np.concatenate((addresses[here], rest_at))
+    order = np.argsort(starts)
+    return np.concatenate((found, rest))[order], starts[order]
 
 
-def _read_runs(prog: drgn.Program, physical: U64, addresses: U64, troubles: WalkTroubles) -> tuple[U64, U64]:
+def _read_runs(
+    prog: drgn.Program, tables: PageTables, physical: U64, addresses: U64, troubles: WalkTroubles
+) -> tuple[U64, U64]:
     """As :func:`_read_tables`, through drgn."""
     chunks: list[bytes] = []
     good = np.ones(len(physical), dtype=bool)
+    size = tables.page_size
     # Neighbours in the address space are often neighbours in memory: read such runs at once.
-    breaks = np.flatnonzero(np.diff(physical) != _TABLE_BYTES) + 1
+    breaks = np.flatnonzero(np.diff(physical) != size) + 1
     for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(physical)], strict=True):
         try:
-            chunks.append(prog.read(int(physical[start]), (end - start) * _TABLE_BYTES, physical=True))
+            chunks.append(prog.read(int(physical[start]), (end - start) * size, physical=True))
         except drgn.FaultError:
             for i in range(start, end):
                 try:
                     if len(troubles.unreadable) >= _UNREADABLE_MAX:
                         raise drgn.FaultError("given up", int(physical[i]))
-                    chunks.append(prog.read(int(physical[i]), _TABLE_BYTES, physical=True))
+                    chunks.append(prog.read(int(physical[i]), size, physical=True))
                 except drgn.FaultError:
                     good[i] = False
                     troubles.unreadable.append(int(addresses[i]))
-    data = np.frombuffer(b"".join(chunks), dtype="<u8").reshape(-1, _ENTRIES)
+    data = np.frombuffer(b"".join(chunks), dtype="<u8").reshape(-1, tables.entries)
     return data, addresses[good]
 
 
-def _children(tables: U64, bases: U64, level: int, shift: int) -> tuple[U64, U64]:
-    """Entries of tables that are not empty, and the addresses that they start at."""
-    span = np.uint64(shift + 9 * level)
-    if len(tables) and tables.min() > _ERRATUM:
+def _children(tables: PageTables, rows: U64, bases: U64, level: int) -> tuple[U64, U64]:
+    """Entries of tables, a row each, that are not empty, and the addresses that they start at."""
+    span, none = np.uint64(tables.shift(level)), np.uint64(tables.none)
+    number = rows.shape[1]
+    if len(rows) and rows.min() > none:
         # None is empty.
-        addresses = bases[:, np.newaxis] + (np.arange(_ENTRIES, dtype=np.uint64) << span)
-        return tables.reshape(-1), addresses.reshape(-1)
-    where = np.flatnonzero((tables & ~_ERRATUM) != 0)
-    columns = (where % _ENTRIES).astype(np.uint64)
-    return tables.reshape(-1)[where], bases[where // _ENTRIES] + (columns << span)
+        addresses = bases[:, np.newaxis] + (np.arange(number, dtype=np.uint64) << span)
+        return rows.reshape(-1), addresses.reshape(-1)
+    where = np.flatnonzero((rows & ~none) != 0)
+    columns = (where % number).astype(np.uint64)
+    return rows.reshape(-1)[where], bases[where // number] + (columns << span)
 
 
-def _bad(entries: U64) -> Bool:
-    """Which entries cannot lead to a table (``pgd_bad()`` ... ``pmd_bad()``, arch/x86/include/asm/pgtable.h).
+def _bad(tables: PageTables, entries: U64) -> Bool:
+    """Which entries cannot lead to a table (``pgd_bad()`` ... ``pmd_bad()``).
 
     What was a table of a process that has just exited may be anybody's data, and each word of it lead
     anywhere; followed, they would be tables without end.
     """
-    bad: Bool = ((entries & _TABLE_NOT) != 0) | ((entries & _TABLE_HAS) != _TABLE_HAS)
+    has = np.uint64(tables.table_has)
+    bad: Bool = ((entries & tables.table_not) != 0) | ((entries & has) != has)
     return bad
 
 
@@ -258,31 +261,28 @@ def for_each_leaf(
     :param wanted: sorted addresses; if given, only leaves that cover one of them are visited
     :raises drgn.FaultError: if the top table cannot be read
     """
-    shift = layout.page_shift
-    level = layout.pgtable_levels - 1
-    top = np.frombuffer(prog.read(pgd, _TABLE_BYTES), dtype="<u8")
-    # The upper half is the kernel's.
-    tables = top.copy().reshape(1, _ENTRIES)
-    tables[0, _ENTRIES // 2 :] = 0
+    tables = layout.pgtable
+    level = tables.levels - 1
+    type_bits, type_value = map(np.uint64, tables.table_type)
+    rows = np.frombuffer(prog.read(pgd, tables.user_entries * 8), dtype="<u8").reshape(1, -1)
     bases = np.zeros(1, dtype=np.uint64)
     # Tables met so far. One that is met again below itself would multiply without end.
     above = np.zeros(0, dtype=np.uint64)
     while True:
-        entries, addresses = _children(tables, bases, level, shift)
-        span = 1 << (shift + 9 * level)
-        keep = _wanted(addresses, span, wanted)
+        entries, addresses = _children(tables, rows, bases, level)
+        keep = _wanted(addresses, 1 << tables.shift(level), wanted)
         entries, addresses = entries[keep], addresses[keep]
-        if level in (1, 2):
+        if level in tables.leaf_levels:
             # Not present entries at these levels are migration entries and the like: leaves too.
-            is_leaf = ((entries & _PAGE_PSE) != 0) | ((entries & _PAGE_PRESENT) == 0)
+            is_leaf = (entries & type_bits) != type_value
             if is_leaf.any():
-                yield Leaves(addresses[is_leaf], entries[is_leaf], level)
+                yield Leaves(addresses[is_leaf], entries[is_leaf], level, tables)
             entries, addresses = entries[~is_leaf], addresses[~is_leaf]
         else:
-            present = (entries & _PAGE_PRESENT) != 0
-            entries, addresses = entries[present], addresses[present]
-        physical = entries & np.uint64(layout.physical_mask & ~(_TABLE_BYTES - 1))
-        wrong = _bad(entries) | np.isin(physical, above)
+            valid = (entries & np.uint64(tables.valid)) != 0
+            entries, addresses = entries[valid], addresses[valid]
+        physical = _physical(tables, entries, 0)
+        wrong = _bad(tables, entries) | np.isin(physical, above)
         troubles.unreadable += addresses[wrong].tolist()
         entries, addresses = entries[~wrong], addresses[~wrong]
         above = np.concatenate((above, physical[~wrong]))
@@ -290,13 +290,15 @@ def for_each_leaf(
             break
         if len(entries) == 0:
             return
-        tables, bases = _read_tables(prog, layout, entries, addresses, troubles)
+        rows, bases = _read_tables(prog, tables, entries, addresses, troubles)
         level -= 1
-    at_once = _TABLES_AT_ONCE if core_of(prog) is None else _TABLES_IN_CACHE
+    at_once = _TABLES_AT_ONCE if _core(prog, tables) is None else _TABLES_IN_CACHE
+    # A table of larger pages has more entries, and fewer are decoded at once.
+    at_once = max(1, at_once * PAGE_BYTES // tables.page_size)
     for start in range(0, len(entries), at_once):
         part = slice(start, start + at_once)
-        tables, bases = _read_tables(prog, layout, entries[part], addresses[part], troubles)
-        found, at = _children(tables, bases, 0, shift)
-        leaves = Leaves(at, found, 0).take(_wanted(at, layout.page_size, wanted))
+        rows, bases = _read_tables(prog, tables, entries[part], addresses[part], troubles)
+        found, at = _children(tables, rows, bases, 0)
+        leaves = Leaves(at, found, 0, tables).take(_wanted(at, tables.page_size, wanted))
         if len(leaves):
             yield leaves

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import drgn
 import numpy as np
 
+from kvirt import pgtable
 from kvirt.layout import (
     VM_FLAG_BITS,
     KsmLayout,
@@ -46,7 +47,12 @@ SWAP_SPACES = SwapSpacesLayout(
 )
 
 
-def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_mask: bool = False) -> Layout:
+def make_layout(
+    scheme: Scheme = Scheme.ANON_PGOFF,
+    levels: int = 4,
+    compound_mask: bool = False,
+    tables: pgtable.PageTables | None = None,
+) -> Layout:
     """A layout of eight-byte members in the order of their names here."""
     vma = [
         "vm_start",
@@ -100,9 +106,7 @@ def make_layout(scheme: Scheme = Scheme.ANON_PGOFF, levels: int = 4, compound_ma
         release="7.3.0-made-up",
         arch="x86_64",
         scheme=scheme,
-        page_shift=12,
-        pgtable_levels=levels,
-        physical_mask=(1 << 52) - 1,
+        pgtable=tables or pgtable.x86_64(levels, (1 << 52) - 1),
         vmemmap=VMEMMAP,
         vma=StructLayout("struct vm_area_struct", 128, members),
         mm=_layout(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
+import drgn
 import pytest
 
 from kvirt.errors import KvirtError
-from kvirt.layout import swap_type_names
+from kvirt.layout import arm64_marks, check_architecture, swap_type_names
 from kvirt.scheme import Scheme, detect_scheme
 
 OLD = ["vm_start", "vm_pgoff", "vm_file"]
@@ -70,3 +71,47 @@ def test_swap_types(max_swapfiles, hwpoison, devices):
 def test_impossible_swap_types_are_refused():
     with pytest.raises(KvirtError, match="30 swap types"):
         swap_type_names(30, True)
+
+
+# PAGE_NONE and PAGE_SHARED of arch/arm64/include/asm/pgtable-prot.h, put together by hand: PTE_TYPE_PAGE, AF,
+# inner shareable, nG, PXN, UXN; and what marks one that is not valid.
+PAGE_SHARED = 3 | 1 << 6 | 1 << 7 | 3 << 8 | 1 << 10 | 1 << 11 | 1 << 51 | 3 << 53
+PAGE_NONE = 2 | 1 << 7 | 3 << 8 | 1 << 10 | 1 << 11 | 3 << 53
+
+
+@pytest.mark.parametrize(
+    ("none", "shared", "marks"),
+    [
+        (PAGE_NONE, PAGE_SHARED, (False, False)),
+        (PAGE_NONE | 1 << 58, PAGE_SHARED, (True, False)),
+        (PAGE_NONE & ~0x300, PAGE_SHARED & ~0x300, (False, True)),
+    ],
+)
+def test_how_arm64_marks_entries(none, shared, marks):
+    assert arm64_marks(none, shared) == marks
+
+
+@pytest.mark.parametrize(
+    ("none", "shared"),
+    # PTE_PRESENT_INVALID was bit 59 between two patches of a series; and what means nothing.
+    [(PAGE_NONE | 1 << 59, PAGE_SHARED), (0, 0), (PAGE_SHARED, PAGE_SHARED), (PAGE_NONE, PAGE_NONE)],
+)
+def test_unknown_entries_of_arm64_are_refused(none, shared):
+    with pytest.raises(KvirtError, match="unknown kind"):
+        arm64_marks(none, shared)
+
+
+def test_architectures():
+    little, wide = drgn.PlatformFlags.IS_LITTLE_ENDIAN, drgn.PlatformFlags.IS_64_BIT
+    arch = drgn.Architecture
+    assert check_architecture(drgn.Platform(arch.X86_64)) is arch.X86_64
+    assert check_architecture(drgn.Platform(arch.AARCH64)) is arch.AARCH64
+    for platform, words in (
+        (drgn.Platform(arch.S390X), "architecture s390x;"),
+        (drgn.Platform(arch.RISCV64), "architecture riscv64;"),
+        (drgn.Platform(arch.ARM, little), "architecture arm;"),
+        (drgn.Platform(arch.AARCH64, wide), "architecture big-endian aarch64;"),
+        (None, "not known which architecture"),
+    ):
+        with pytest.raises(KvirtError, match=words):
+            check_architecture(platform)

@@ -252,7 +252,7 @@ def struct_page(scene):
         list(for_each_leaf(scene.prog, scene.layout, scene.space.pgd, WalkTroubles()))
     )
     leaves = leaves.take(leaf_present(leaves))
-    pfn = int(scene.chance.choice(leaf_pfn(scene.layout, leaves).tolist()))
+    pfn = int(scene.chance.choice(leaf_pfn(leaves).tolist()))
     address = scene.layout.vmemmap + pfn * scene.layout.page.size
     return scene.member(
         scene.layout.page, address, address | 1, *(a | 1 for a in scene.space.anon_vmas), address + 64 | 1
@@ -264,7 +264,7 @@ def struct_page_words(scene):
         list(for_each_leaf(scene.prog, scene.layout, scene.space.pgd, WalkTroubles()))
     )
     leaves = leaves.take(leaf_present(leaves))
-    pfn = int(scene.chance.choice(leaf_pfn(scene.layout, leaves).tolist()))
+    pfn = int(scene.chance.choice(leaf_pfn(leaves).tolist()))
     page = scene.layout.vmemmap + (pfn + scene.chance.randrange(3)) * scene.layout.page.size
     at = page + 8 * scene.chance.randrange(8)
     value = scene.value()

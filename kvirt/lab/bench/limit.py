@@ -75,7 +75,7 @@ class Limit:
         for leaves in for_each_leaf(prog, layout, space.pgd, WalkTroubles()):
             if leaves.level:
                 continue
-            folios = read_folios(prog, layout, leaf_pfn(layout, leaves))
+            folios = read_folios(prog, layout, leaf_pfn(leaves))
             keep = leaf_present(leaves) & folios.is_anon() & ~folios.large
             found.append((leaves.address[keep], folios.head[keep]))
         if found:
@@ -154,13 +154,11 @@ class Limit:
 
     def _table(self, address: int) -> int:
         """Physical address of the lowest table that maps an address."""
-        mask = self._layout.physical_mask & ~(_TABLE_BYTES - 1)
-        levels = self._layout.pgtable_levels
-        entry = self._prog.read_u64(self._space.pgd + 8 * (address >> (3 + 9 * levels) & 511))
-        for level in range(levels - 2, 0, -1):
-            slot = address >> (12 + 9 * level) & 511
-            entry = self._prog.read_u64((entry & mask) + 8 * slot, True)
-        return int(entry & mask)
+        tables = self._layout.pgtable
+        entry = self._prog.read_u64(self._space.pgd + tables.slot(address, tables.levels - 1))
+        for level in range(tables.levels - 2, 0, -1):
+            entry = self._prog.read_u64(tables.physical(entry) + tables.slot(address, level), True)
+        return tables.physical(entry)
 
     @staticmethod
     def _buffer(blocks: list[list[_Piece]]) -> npt.NDArray[np.uint8]:

@@ -152,7 +152,7 @@ def _stand_in(scene: Scene, kind: str, pfn: int) -> int:
     names = scene.layout.swap_types.names
     if kind not in names:
         raise KvirtError(f"This kernel has no {kind} pages.")
-    return absent_entry(names.index(kind), pfn)
+    return absent_entry(scene.layout.pgtable, names.index(kind), pfn)
 
 
 def _in_its_place(scene: Scene, kind: str, page: Page, level: int, pages: int) -> Damaged:
@@ -209,7 +209,7 @@ def _merged(scene: Scene, *, file: bool) -> tuple[KsmLayout, Vma, int, int, int]
     ksm = Ksm(scene.prog, scene.layout, scene.space.address)
     for leaves in _small_leaves(scene):
         leaves = leaves.take(leaf_present(leaves) & ~leaf_special(leaves))
-        pfns: U64 = leaf_pfn(scene.layout, leaves)
+        pfns: U64 = leaf_pfn(leaves)
         folios: Folios = read_folios(scene.prog, scene.layout, pfns)
         items = ksm.rmap_items(leaves.address, pfns, folios)
         for i in np.flatnonzero(items.found).tolist():

@@ -144,7 +144,7 @@ class Scene:
             if leaves.level != level:
                 continue
             leaves = leaves.take(leaf_present(leaves) & ~leaf_special(leaves))
-            pfns = leaf_pfn(self.layout, leaves)
+            pfns = leaf_pfn(leaves)
             folios = read_folios(self.prog, self.layout, pfns)
             size = leaves.pages * self.layout.page_size
             right = of(pfns, folios) & folios.readable
@@ -216,17 +216,17 @@ class Scene:
 
         :param level: 0: PTE, 1: PMD; the tables above it must exist
         """
-        layout = self.layout
+        tables = self.layout.pgtable
         physical = None
-        for above in range(layout.pgtable_levels - 1, level - 1, -1):
-            slot = (address >> (layout.page_shift + 9 * above) & 511) * 8
+        for above in range(tables.levels - 1, level - 1, -1):
+            slot = tables.slot(address, above)
             if physical is None:
                 table = self.prog.read_u64(self.space.pgd + slot)
             elif above > level:
                 table = self.prog.read_u64(physical + slot, physical=True)
             else:
                 self.overlay.write_physical(physical + slot, value.to_bytes(8, "little"))
-            physical = table & layout.physical_mask & ~(layout.page_size - 1)
+            physical = tables.physical(table)
 
     def set_index_base(self, vma: Vma, value: int) -> None:
         """Make up the offset by which anonymous folios are indexed."""

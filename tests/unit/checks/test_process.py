@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """How a moving kernel is read: a whole process is made up, and changes between two reads."""
 
+from functools import partial
+
 import pytest
 
 from kvirt.checks import patience, process
 from kvirt.checks.process import ProcessChecker
 from kvirt.findings import Severity
-from kvirt.mm.pagetable import absent_entry as absent
+from kvirt.mm.pagetable import absent_entry
 from tests.unit.fake import SWAP_INFO, SWAP_TABLES, VMEMMAP, Memory, make_layout
 
 LAYOUT = make_layout()
+absent = partial(absent_entry, LAYOUT.pgtable)
 MM, VMA, AVC, ANON_VMA, LEAF = (0xFFFF888000000000 + i * 0x10000 for i in range(1, 6))
 PGD, START, PFN = 0xFFFF888000100000, 0x7F0000000000, 0x500
 TABLE = 0x67

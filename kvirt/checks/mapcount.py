@@ -12,7 +12,7 @@ import numpy.typing as npt
 from drgn.helpers.linux.cpumask import for_each_online_cpu
 from drgn.helpers.linux.sched import cpu_curr
 
-from kvirt.checks.registry import PageBatch, machine_check
+from kvirt.checks.registry import PageBatch, machine_check, within_hugetlb
 from kvirt.findings import Finding, Severity
 from kvirt.layout import Layout
 from kvirt.mm.arrays import each
@@ -48,6 +48,11 @@ _ROW = np.dtype(
 def _not_one(count: I64) -> Bool:
     several: Bool = count != 1
     return several
+
+
+def _is_zero(number: U64) -> Bool:
+    zero: Bool = number == 0
+    return zero
 
 
 def _add_up(table: Table) -> Table:
@@ -166,7 +171,9 @@ class FolioMapcounts:
         absent = anonymous & ~batch.present
         if absent.any():
             self._left_out.append(np.unique(folios.head[absent]))
-        judged = anonymous & batch.present
+        # A hugetlb page counts one mapping, however many entries that takes.
+        first_entry = each(_is_zero, within_hugetlb(batch.table, batch.address, batch.row))
+        judged = anonymous & batch.present & first_entry
         if "large_mapcount" not in self.layout.large_counts:
             judged &= ~folios.large
         if not judged.any():

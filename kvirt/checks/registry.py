@@ -99,7 +99,11 @@ class VmaTable:
         files = [space.file(v) for v in self.vmas]
         self.f_mapping = array(0 if file is None else file.f_mapping for file in files)
         self.cow = flags(vma_is_cow_mapping(v) for v in self.vmas)
-        self.hugetlb = flags(v.flag("HUGETLB") for v in self.vmas)
+        self.hugetlb_order = array(
+            max(file.blkbits - space.layout.page_shift, 0) if v.flag("HUGETLB") and file is not None else 0
+            for v, file in zip(self.vmas, files, strict=True)
+        )
+        """Of the huge pages that a VMA is made of; 0 if it is not of hugetlb, or its file cannot be read."""
         self.pure = flags(vma_is_pure_anon(v) for v in self.vmas)
         # Pages in these are not told from others by what they are, or are no page cache.
         self.raw = flags(v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in self.vmas)
@@ -146,6 +150,19 @@ class VmaTable:
         row = np.repeat(rows, np.diff(begins, prepend=0, append=len(addresses)))
         row[addresses >= self.end[row]] = -1
         return row
+
+
+def within_hugetlb(table: VmaTable, address: U64, row: npt.NDArray[np.intp]) -> U64:
+    """Base pages from the beginning of the hugetlb page that each entry belongs to; 0 for all others.
+
+    Several entries map one where the processor has contiguous ranges (arm64's ``CONT_PTES``).
+
+    :param row: of the VMA of each address
+    """
+    if not table.hugetlb_order.any():
+        return constant(np.uint64(0), len(address))
+    number = (address - pick(table.start, row)) >> np.uint64(table.space.layout.page_shift)
+    return number & ((np.uint64(1) << pick(table.hugetlb_order, row)) - np.uint64(1))
 
 
 def _changes(array: npt.NDArray[Scalar]) -> npt.NDArray[np.intp]:
@@ -241,13 +258,11 @@ class PageBatch:
     def _unit(self) -> U64 | None:
         """Order of the units in which the folio of each page is indexed; None where all are base pages.
 
-        Those of hugetlb were huge pages once (include/linux/pagemap.h: linear_page_index() before 6.7),
-        of which an entry maps one.
+        Those of hugetlb were huge pages once (include/linux/pagemap.h: linear_page_index() before 6.7).
         """
         if self.layout.hugetlb_index_in_pages:
             return None
-        order = self.pages.bit_length() - 1
-        return np.where(self.table.hugetlb[self.row], np.uint64(order), np.uint64(0))
+        return pick(self.table.hugetlb_order, self.row)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import drgn
 import numpy as np
 
-from kvirt.checks.registry import EntryBatch, PageBatch, VmaTable
+from kvirt.checks.registry import EntryBatch, PageBatch, VmaTable, within_hugetlb
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
 from kvirt.mm.arrays import each, pick, take
@@ -144,6 +144,9 @@ class Sorter:
             counter.skip(reason, leaves, mask)
         keep = ~(zero | special | no_vma)
         leaves, pfn, row, present = leaves.take(keep), take(pfn, keep), take(row, keep), take(present, keep)
+        if not present.all():
+            # All entries of a hugetlb page stand for its first page: set_huge_pte_at()
+            pfn = np.where(present, pfn, pfn + within_hugetlb(table, leaves.address, row))
 
         folios = read_folios(self._prog, layout, pfn)
         poisoned = folios.readable & folios.has(layout.pg_hwpoison)

@@ -30,7 +30,7 @@ class Machine:
             self.memory.put_words(VMEMMAP + head * 64, words)
         self.check = FolioMapcounts(self.memory.prog, LAYOUT)
 
-    def process(self, pid, heads, present=None, anon_vmas=()):
+    def process(self, pid, heads, present=None, anon_vmas=(), hugetlb_order=0):
         n = len(heads)
         zeros = np.zeros(n, dtype=np.uint64)
         heads = np.array(heads, dtype=np.uint64)
@@ -39,11 +39,12 @@ class Machine:
         folios = Folios(
             ~no, zeros, heads, zeros + np.uint64(ANON), zeros, no, no, none + 1, count, none, none
         )
-        space = SimpleNamespace(address=pid * 4096, anon_vmas=dict.fromkeys(anon_vmas))
+        space = SimpleNamespace(address=pid * 4096, anon_vmas=dict.fromkeys(anon_vmas), layout=LAYOUT)
         table = SimpleNamespace(
             space=space,
             start=np.array([START], dtype=np.uint64),
             end=np.array([START + n * 4096], dtype=np.uint64),
+            hugetlb_order=np.array([hugetlb_order], dtype=np.uint64),
         )
         address = START + np.arange(n, dtype=np.uint64) * np.uint64(4096)
         there = ~no if present is None else np.array(present)
@@ -62,6 +63,13 @@ def test_shared_folios_that_add_up():
     machine = Machine({1: 1, 2: 2, 3: 3})
     machine.process(10, [1, 2, 3, 3])
     machine.process(11, [3, 2])
+    assert list(machine.check.findings()) == []
+
+
+def test_hugetlb_pages_of_contiguous_entries_are_mapped_once():
+    machine = Machine({4: 2, 8: 1})
+    machine.process(10, [4, 4, 4, 4, 8, 8, 8, 8], hugetlb_order=2)
+    machine.process(11, [4, 4, 4, 4], hugetlb_order=2)
     assert list(machine.check.findings()) == []
 
 

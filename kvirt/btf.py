@@ -307,6 +307,27 @@ class Btf:
             count *= self._words[record + 5]
         raise _damaged("an array has no end")
 
+    def target(self, type_id: int) -> int:
+        """Return the type that a pointer, typedef, qualifier, tag, function or variable is made of."""
+        return self._words[self._record(type_id) + 2]
+
+    def array(self, type_id: int) -> tuple[int, int]:
+        """Return the type of an array's elements, and their number; 0 if it is not known."""
+        record = self._record(type_id)
+        return self._words[record + 3], self._words[record + 5]
+
+    def is_signed(self, type_id: int) -> bool:
+        """Whether an integer or an enumeration is signed."""
+        record = self._record(type_id)
+        if self._kinds[type_id] == Kind.INT:
+            # BTF_INT_SIGNED
+            return bool(self._words[record + 3] >> 24 & 1)
+        return self.kind_flag(type_id)
+
+    def kind_flag(self, type_id: int) -> bool:
+        """Whether a type has ``kind_flag`` set; of what is only declared: whether it is a union."""
+        return bool(self._words[self._record(type_id) + 1] & _KIND_FLAG)
+
     def members(self, type_id: int) -> tuple[Member, ...]:
         """Return the members of a structure or union as they are written, none for any other type.
 
@@ -402,6 +423,11 @@ class Btf:
 
         If several enumerations have one, it is that of any of them.
         """
+        found = self.find_enumerator(name)
+        return found and found[1]
+
+    def find_enumerator(self, name: str) -> tuple[int, int] | None:
+        """Return the enumeration and the value of an enumerator, as :meth:`enumerator` finds it."""
         for offset in self._offsets(name):
             if self._enumerators is None:
                 self._enumerators = {}
@@ -410,17 +436,31 @@ class Btf:
                         names = self._words[self._elements(record, _ELEMENT[kind])]
                         self._enumerators.update(dict.fromkeys(names, record))
             if offset in self._enumerators:
-                return self._value(self._enumerators[offset], offset)
+                record = self._enumerators[offset]
+                return bisect_left(self._records, record), self._value(record, offset)
         return None
+
+    def enumerators(self, type_id: int) -> list[tuple[str, int]]:
+        """Return the names and values of an enumeration, in their order; none for any other type."""
+        if self.kind(type_id) not in (Kind.ENUM, Kind.ENUM64):
+            return []
+        record = self._record(type_id)
+        step = _ELEMENT[Kind(self._kinds[type_id])]
+        places = range(*self._elements(record, step).indices(len(self._words)))
+        return [(self._string(self._words[at]), self._value_at(record, at, step)) for at in places]
 
     def _elements(self, record: int, step: int) -> slice:
         """Words in which the elements of a record start."""
         return slice(record + 3, record + 3 + step * (self._words[record + 1] & _VLEN), step)
 
     def _value(self, record: int, name: int) -> int:
-        info = self._words[record + 1]
-        step = _ELEMENT[Kind(info >> 24 & 0x7F)]
+        step = _ELEMENT[Kind(self._words[record + 1] >> 24 & 0x7F)]
         at = record + 3 + step * self._words[self._elements(record, step)].index(name)
+        return self._value_at(record, at, step)
+
+    def _value_at(self, record: int, at: int, step: int) -> int:
+        """Value of the enumerator that starts at a word."""
+        info = self._words[record + 1]
         value = self._words[at + 1] | (self._words[at + 2] << 32 if step == 3 else 0)
         bits = 32 * (step - 1)
         return value - (1 << bits) if info & _KIND_FLAG and value >> (bits - 1) else value
@@ -467,8 +507,7 @@ class Btf:
     def _spell_name(self, type_id: int) -> str:
         kind = self._kinds[type_id]
         if kind == Kind.FWD:
-            is_union = self._words[self._record(type_id) + 1] & _KIND_FLAG
-            kind = Kind.UNION if is_union else Kind.STRUCT
+            kind = Kind.UNION if self.kind_flag(type_id) else Kind.STRUCT
         name = self.name(type_id)
         if kind in _KEYWORDS:
             return _KEYWORDS[Kind(kind)] + (name or "{...}")

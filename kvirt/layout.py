@@ -343,6 +343,21 @@ def swap_type_names(max_swapfiles: int, hwpoison: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _max_swapfiles(prog: drgn.Program, hwpoison: bool) -> int:
+    """MAX_SWAPFILES: the length of swap_info[], or what is left by the types that are no swap areas."""
+    swap_info = _variable(prog, "swap_info")
+    if swap_info is not None and swap_info.type_.length:
+        return int(swap_info.type_.length)
+    # Without CONFIG_SWAP there are no swap entries proper, and BTF does not tell the length. mm/rmap.c has
+    # these with CONFIG_DEVICE_PRIVATE; the first, until 6.15, made entries of two types.
+    devices = 0
+    if _has_function(prog, "make_device_exclusive_range"):
+        devices = 4
+    elif _has_function(prog, "make_device_exclusive"):
+        devices = 3
+    return 32 - 4 - hwpoison - devices
+
+
 def _maple(prog: drgn.Program) -> MapleLayout:
     node = prog.type("struct maple_node")
 
@@ -658,11 +673,6 @@ def read_layout(prog: drgn.Program) -> Layout:
     if zero_pfn is None:
         zero_pfn = _number(prog, "zero_pfn") if _variable(prog, "zero_pfn") is not None else None
     has_hwpoison = _has_function(prog, "memory_failure")
-    try:
-        max_swapfiles = int(prog["swap_info"].type_.length or 0)
-    except LookupError:
-        # Without CONFIG_SWAP there are no swap entries proper; migration entries still exist.
-        max_swapfiles = 32 - 4 - has_hwpoison
     tables, physmem_bits = _PAGE_TABLES[arch](prog)
     page_size = page.size
     has_mask = (
@@ -746,7 +756,7 @@ def read_layout(prog: drgn.Program) -> Layout:
         zero_pfn=zero_pfn,
         zero_pages=((_number(prog, "zero_page_mask") or 0) >> tables.page_shift) + 1,
         huge_zero_pfn_address=_address(prog, "huge_zero_pfn"),
-        swap_types=SwapTypes(swap_type_names(max_swapfiles, has_hwpoison)),
+        swap_types=SwapTypes(swap_type_names(_max_swapfiles(prog, has_hwpoison), has_hwpoison)),
         swp_pfn_mask=(1 << (physmem_bits - tables.page_shift)) - 1,
         swap_cache=_swap_cache(prog),
         ksm=_ksm(prog),

@@ -17,6 +17,7 @@ import drgn
 
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
+from kvirt.finders import use_btf
 from kvirt.layout import check_architecture
 from kvirt.memory import map_core
 
@@ -168,7 +169,16 @@ def _open_qemu(prog: drgn.Program, path: Path) -> None:
         )
 
 
-def _load_symbols(prog: drgn.Program, symbols: Sequence[Path]) -> None:
+class _NoDebugInfoError(KvirtError):
+    """There is no debug information where it was looked for."""
+
+
+def _load_dwarf(prog: drgn.Program, symbols: Sequence[Path], finders: Sequence[str] | None = None) -> None:
+    """Load the kernel's debug information.
+
+    :param finders: drgn's ways to look for it where no file is named, None for all
+    :raises KvirtError: if it cannot be found
+    """
     module = _main_module(prog)
     have = drgn.ModuleFileStatus.HAVE
     build_id = module.build_id.hex() if module.build_id else "unknown"
@@ -194,14 +204,47 @@ def _load_symbols(prog: drgn.Program, symbols: Sequence[Path]) -> None:
             f"vmlinux of kernel {release} with build ID {build_id}."
         )
     if module.debug_file_status is not have:
-        # The usual places, as drgn knows them, and debuginfod where it is configured.
+        if finders is not None:
+            prog.set_enabled_debug_info_finders(finders)
         with contextlib.suppress(drgn.MissingDebugInfoError):
             prog.load_module_debug_info(module)
     if module.debug_file_status is not have:
-        raise KvirtError(
+        raise _NoDebugInfoError(
             f"No debug information was found for kernel {release} (build ID {build_id}): install its "
             f"debug package (Debian: linux-image-{release}-dbg), or name its vmlinux with --symbols."
         )
+
+
+def _load_types(prog: drgn.Program, symbols: Sequence[Path], types: str) -> str:
+    """Load types and symbols, and tell from where: "dwarf" or "btf"."""
+    if types == "btf":
+        if symbols:
+            raise KvirtError(
+                "--types btf takes types and symbols from the kernel itself: leave out --symbols, or read "
+                "the debug file with --types dwarf."
+            )
+        use_btf(prog)
+        return "btf"
+    if types == "dwarf" or symbols:
+        _load_dwarf(prog, symbols)
+        return "dwarf"
+    finders = prog.enabled_debug_info_finders()
+    try:
+        # What is on this machine; a server would have to send hundreds of megabytes.
+        _load_dwarf(prog, (), [name for name in finders if name != "debuginfod"])
+        return "dwarf"
+    except _NoDebugInfoError as error:
+        missing = str(error)
+    try:
+        use_btf(prog)
+        return "btf"
+    except KvirtError as error:
+        without = str(error)
+    try:
+        _load_dwarf(prog, (), finders)
+        return "dwarf"
+    except _NoDebugInfoError:
+        raise KvirtError(f"{missing} Nor does the kernel tell its types itself: {without}") from None
 
 
 def open_target(
@@ -214,8 +257,6 @@ def open_target(
 
     :raises KvirtError: if that is not possible; the sentence says why and what to do
     """
-    if types == "btf":
-        raise KvirtError("Reading types from BTF is not implemented yet: use --types dwarf.")
     prog = drgn.Program()
     if core is not None:
         kind, location = Kind.CORE, str(core)
@@ -233,9 +274,9 @@ def open_target(
         )
     check_architecture(prog.platform)
     try:
-        _load_symbols(prog, symbols)
+        used = _load_types(prog, symbols, types)
     except (drgn.FaultError, LookupError, ValueError) as error:
         raise KvirtError(
             f"{location} cannot be read far enough to find its kernel ({error}): is the dump complete?"
         ) from None
-    return Target(prog, kind, "dwarf", location)
+    return Target(prog, kind, used, location)

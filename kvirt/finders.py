@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Types, objects and symbols of a kernel without its vmlinux: drgn finders over BTF and kallsyms.
+
+    prog = drgn.Program()
+    prog.set_core_dump("vmcore")
+    use_btf(prog)
+    prog["init_pid_ns"].level
+
+Both are read from the kernel itself, also from a dead one. BTF knows all types, all functions by their
+prototypes, and of variables those of the processors only. Of the others it is written down here what they
+are, if they are of use to those who look at memory management, or to drgn's helpers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import drgn
+from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
+
+from kvirt.btf import Btf, Kind, kernel_btf
+from kvirt.errors import KvirtError
+
+FINDER = "btf"
+"""Name of the finders in drgn."""
+
+# A typedef of a qualifier of a pointer to a function ...: more than any source has.
+_DEEP = 128
+# What a kernel's BTF can be at most, in bytes; Debian's are 5 MiB.
+_BTF_MAX = 1 << 28
+
+# Variables by name, and what they are in C.
+_VARIABLES: Mapping[str, str] = {
+    # kernel/pid.c, mm/init-mm.c, init/init_task.c
+    "init_pid_ns": "struct pid_namespace",
+    "init_mm": "struct mm_struct",
+    "init_task": "struct task_struct",
+    # kernel/cpu.c, mm/percpu.c
+    "__cpu_online_mask": "struct cpumask",
+    "__cpu_possible_mask": "struct cpumask",
+    "__cpu_present_mask": "struct cpumask",
+    "__per_cpu_offset": "unsigned long []",
+    # kernel/printk/printk.c
+    "prb": "struct printk_ringbuffer *",
+    # kernel/module/main.c
+    "modules": "struct list_head",
+    # mm/swapfile.c, mm/swap_state.c
+    "nr_swapfiles": "unsigned int",
+    "swap_info": "struct swap_info_struct *[]",
+    "swapper_spaces": "struct address_space *[]",
+    "nr_swapper_spaces": "unsigned int []",
+    # mm/memory.c, mm/huge_memory.c
+    "zero_pfn": "unsigned long",
+    "huge_zero_pfn": "unsigned long",
+    "high_memory": "void *",
+    # mm/hugetlb.c
+    "hstates": "struct hstate []",
+    "hugetlb_max_hstate": "int",
+    "default_hstate_idx": "unsigned int",
+}
+
+
+class _Types:
+    """drgn's types for those of BTF, made when they are asked for."""
+
+    def __init__(self, prog: drgn.Program, btf: Btf) -> None:
+        self._prog = prog
+        self._btf = btf
+        self._made: dict[int, drgn.Type] = {}
+
+    def __call__(self, type_id: int, depth: int = 0) -> drgn.Type:
+        if type_id not in self._made:
+            if depth > _DEEP:
+                raise KvirtError(
+                    f"The kernel's type information (BTF) is damaged: type {type_id} has no end."
+                )
+            self._made[type_id] = self._make(type_id, depth + 1)
+        return self._made[type_id]
+
+    def _make(self, type_id: int, depth: int) -> drgn.Type:
+        prog, btf = self._prog, self._btf
+        kind = btf.kind(type_id)
+        if kind == Kind.VOID:
+            return prog.void_type()
+        if kind in (Kind.STRUCT, Kind.UNION, Kind.FWD, Kind.ENUM, Kind.ENUM64):
+            return self._tagged(type_id, kind)
+        if kind == Kind.INT:
+            name, size = btf.spell(type_id), btf.sizeof(type_id)
+            if name == "bool":
+                return prog.bool_type("_Bool", size)
+            return prog.int_type(name, size, btf.is_signed(type_id))
+        if kind == Kind.FLOAT:
+            return prog.float_type(btf.name(type_id), btf.sizeof(type_id))
+        if kind == Kind.ARRAY:
+            element, length = btf.array(type_id)
+            # BTF does not tell flexible arrays from those without elements, which nobody needs.
+            return prog.array_type(self(element, depth), length or None)
+        if kind == Kind.FUNC_PROTO:
+            return self._function(type_id, depth)
+        target = self(btf.target(type_id), depth)
+        if kind == Kind.PTR:
+            return prog.pointer_type(target)
+        if kind == Kind.TYPEDEF:
+            return prog.typedef_type(btf.name(type_id), target)
+        qualifiers = {
+            Kind.CONST: drgn.Qualifiers.CONST,
+            Kind.VOLATILE: drgn.Qualifiers.VOLATILE,
+            Kind.RESTRICT: drgn.Qualifiers.RESTRICT,
+        }
+        # Tags and whatever else there will be say something about a type, and leave it what it is.
+        qualifier = qualifiers.get(Kind(kind))
+        return target if qualifier is None else target.qualified(target.qualifiers | qualifier)
+
+    def _tagged(self, type_id: int, kind: int) -> drgn.Type:
+        prog, btf = self._prog, self._btf
+        tag = btf.name(type_id) or None
+        if kind in (Kind.ENUM, Kind.ENUM64):
+            enumerators = [drgn.TypeEnumerator(n, v) for n, v in btf.enumerators(type_id)]
+            if not enumerators:
+                return prog.enum_type(tag)
+            signed, size = btf.is_signed(type_id), btf.sizeof(type_id)
+            name = {1: "char", 2: "short", 4: "int", 8: "long"}.get(size, "int")
+            integer = prog.int_type(name if signed else f"unsigned {name}", size, signed)
+            return prog.enum_type(tag, integer, enumerators)
+        if kind == Kind.FWD:
+            return (prog.union_type if btf.kind_flag(type_id) else prog.struct_type)(tag)
+        members = [
+            drgn.TypeMember(self._member(m.type, m.bit_size), m.name or None, m.bit_offset)
+            for m in btf.members(type_id)
+        ]
+        make = prog.struct_type if kind == Kind.STRUCT else prog.union_type
+        return make(tag, btf.sizeof(type_id), members)
+
+    def _member(self, type_id: int, bit_size: int | None) -> Callable[[], drgn.Object | drgn.Type]:
+        if bit_size is None:
+            return lambda: self(type_id)
+        return lambda: drgn.Object(self._prog, self(type_id), bit_field_size=bit_size)
+
+    def _function(self, type_id: int, depth: int) -> drgn.Type:
+        prototype = self._btf.prototype(type_id)
+        assert prototype is not None
+        parameters = [
+            drgn.TypeParameter(lambda type_id=p.type: self(type_id), p.name or None)
+            for p in prototype.parameters
+        ]
+        return self._prog.function_type(self(prototype.returns, depth), parameters, prototype.variadic)
+
+
+class _Finders:
+    def __init__(self, prog: drgn.Program, btf: Btf) -> None:
+        self._btf = btf
+        self._types = _Types(prog, btf)
+
+    def find_type(
+        self, prog: drgn.Program, kinds: drgn.TypeKindSet, name: str, filename: str | None
+    ) -> drgn.Type | None:
+        """Follow drgn's Program.register_type_finder(). BTF knows no files, and finds nothing in them."""
+        if filename:
+            return None
+        for kind, mine in (
+            (drgn.TypeKind.STRUCT, (Kind.STRUCT,)),
+            (drgn.TypeKind.UNION, (Kind.UNION,)),
+            (drgn.TypeKind.ENUM, (Kind.ENUM, Kind.ENUM64)),
+            (drgn.TypeKind.TYPEDEF, (Kind.TYPEDEF,)),
+            (drgn.TypeKind.INT, (Kind.INT,)),
+            (drgn.TypeKind.BOOL, (Kind.INT,)),
+            (drgn.TypeKind.FLOAT, (Kind.FLOAT,)),
+        ):
+            if kind in kinds:
+                for btf_kind in mine:
+                    for type_id in self._btf.named(btf_kind, name):
+                        return self._types(type_id)
+        return None
+
+    def find_object(
+        self, prog: drgn.Program, name: str, flags: drgn.FindObjectFlags, filename: str | None
+    ) -> drgn.Object | None:
+        """Follow drgn's Program.register_object_finder()."""
+        if filename:
+            return None
+        if flags & drgn.FindObjectFlags.CONSTANT and (found := self._btf.find_enumerator(name)):
+            return drgn.Object(prog, self._types(found[0]), found[1])
+        if flags & drgn.FindObjectFlags.FUNCTION:
+            for type_id in self._btf.named(Kind.FUNC, name):
+                return _at_symbol(prog, name, self._types(self._btf.target(type_id)))
+        if flags & drgn.FindObjectFlags.VARIABLE:
+            for type_id in self._btf.named(Kind.VAR, name):
+                return _at_symbol(prog, name, self._types(self._btf.target(type_id)))
+            if name in _VARIABLES:
+                return _at_symbol(prog, name, _VARIABLES[name])
+            if name == "vmemmap":
+                return _vmemmap(prog)
+        return None
+
+
+def _at_symbol(prog: drgn.Program, name: str, type_: drgn.Type | str) -> drgn.Object | None:
+    try:
+        return drgn.Object(prog, type_, address=prog.symbol(name).address)
+    except LookupError:
+        return None
+
+
+def _vmemmap(prog: drgn.Program) -> drgn.Object | None:
+    """The array of all struct pages (arch/x86/include/asm/pgtable_64.h: VMEMMAP_START)."""
+    try:
+        base = prog.read_u64(prog.symbol("vmemmap_base").address)
+    except LookupError:
+        return None
+    return drgn.Object(prog, "struct page *", base)
+
+
+def _is_here(prog: drgn.Program) -> bool:
+    """Whether this is the kernel that runs this program."""
+    here = drgn.ProgramFlags.IS_LIVE | drgn.ProgramFlags.IS_LOCAL
+    return bool(prog.flags & here == here)
+
+
+def read_kallsyms(prog: drgn.Program) -> drgn.SymbolIndex:
+    """Read the symbols of a kernel from its own table.
+
+    :raises KvirtError: if the kernel does not tell where it is
+    """
+    try:
+        return load_vmlinux_kallsyms(prog)
+    except (LookupError, ValueError, OSError, drgn.FaultError) as error:
+        raise KvirtError(
+            f"The kernel's symbols cannot be found without its vmlinux ({error}): its VMCOREINFO has to tell "
+            "of kallsyms, as Linux 6.0 and later do; give the vmlinux with --symbols."
+        ) from None
+
+
+def read_btf(prog: drgn.Program) -> Btf:
+    """Read the BTF of a kernel from its memory, where its symbols are known.
+
+    :raises KvirtError: if it has none, or none that can be used
+    """
+    if _is_here(prog):
+        return kernel_btf()
+    try:
+        # include/asm-generic/vmlinux.lds.h: BOUNDED_SECTION_BY(.BTF, _BTF)
+        start, stop = (prog.symbol(name).address for name in ("__start_BTF", "__stop_BTF"))
+    except LookupError:
+        raise KvirtError(
+            "This kernel does not carry its types (it is built without CONFIG_DEBUG_INFO_BTF, or without "
+            "CONFIG_KALLSYMS_ALL): give its vmlinux with --symbols."
+        ) from None
+    if not 0 < stop - start <= _BTF_MAX:
+        raise KvirtError(
+            f"The kernel's type information should be from {start:#x} to {stop:#x}, which cannot be: "
+            "give its vmlinux with --symbols."
+        )
+    try:
+        return Btf(prog.read(start, stop - start))
+    except drgn.FaultError as error:
+        raise KvirtError(
+            f"The kernel's type information cannot be read from its memory ({error}): give its vmlinux with "
+            "--symbols."
+        ) from None
+
+
+def use_btf(prog: drgn.Program, btf: Btf | None = None) -> None:
+    """Have a program find types, objects and symbols in BTF and kallsyms, before it looks elsewhere.
+
+    :param btf: the kernel's, if it is not to be read from the kernel
+    :raises KvirtError: if the kernel does not have what is needed
+    """
+    prog.register_symbol_finder(FINDER, read_kallsyms(prog), enable_index=0)
+    finders = _Finders(prog, btf or read_btf(prog))
+    prog.register_type_finder(FINDER, finders.find_type, enable_index=0)
+    prog.register_object_finder(FINDER, finders.find_object, enable_index=0)

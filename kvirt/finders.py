@@ -13,7 +13,9 @@ are, if they are of use to those who look at memory management, or to drgn's hel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 
 import drgn
 from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
@@ -215,13 +217,61 @@ def _is_here(prog: drgn.Program) -> bool:
     return bool(prog.flags & here == here)
 
 
-def read_kallsyms(prog: drgn.Program) -> drgn.SymbolIndex:
+class _ProcKallsyms:
+    """A symbol finder over the text of /proc/kallsyms, of which few lines are ever asked for.
+
+    drgn's own takes all of it apart in advance.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        self._text = b"\n" + text
+        self._index: drgn.SymbolIndex | None = None
+
+    def __call__(
+        self, prog: drgn.Program, name: str | None, address: int | None, one: bool
+    ) -> Sequence[drgn.Symbol]:
+        """Follow drgn's Program.register_symbol_finder()."""
+        if name is None or address is not None:
+            if self._index is None:
+                self._index = load_vmlinux_kallsyms(prog)
+            found: Sequence[drgn.Symbol] = self._index(prog, name, address, one)
+            return found
+        return list(islice(self._named(name), 1 if one else None))
+
+    def _named(self, name: str) -> Iterator[drgn.Symbol]:
+        # Those of modules have "[module]" behind their names.
+        wanted, at = f" {name}\n".encode(), -1
+        while (at := self._text.find(wanted, at + 1)) >= 0:
+            address, letter = self._text[self._text.rindex(b"\n", 0, at) + 1 : at].decode().split(" ")
+            binding = drgn.SymbolBinding.GLOBAL if letter.isupper() else drgn.SymbolBinding.LOCAL
+            kind = drgn.SymbolKind.FUNC if letter in "tT" else drgn.SymbolKind.OBJECT
+            yield drgn.Symbol(name, int(address, 16), 0, binding, kind)
+
+    def __bool__(self) -> bool:
+        """Whether it has addresses: they are 0 for those that kptr_restrict keeps them from, root too."""
+        return any(symbol.address for symbol in self._named("_stext"))
+
+
+SymbolFinder = Callable[[drgn.Program, str | None, int | None, bool], Sequence[drgn.Symbol]]
+
+
+def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
     """Read the symbols of a kernel from its own table.
 
+    :returns: a finder for drgn's Program.register_symbol_finder()
     :raises KvirtError: if the kernel does not tell where it is
     """
+    if _is_here(prog):
+        finder = _ProcKallsyms(Path("/proc/kallsyms").read_bytes())
+        if not finder:
+            raise KvirtError(
+                "The kernel hides the addresses of its symbols: run kvirt as root, and with 'sysctl "
+                "kernel.kptr_restrict=1' if it hides them from root too."
+            )
+        return finder
     try:
-        return load_vmlinux_kallsyms(prog)
+        index: SymbolFinder = load_vmlinux_kallsyms(prog)
+        return index
     except (LookupError, ValueError, OSError, drgn.FaultError) as error:
         raise KvirtError(
             f"The kernel's symbols cannot be found without its vmlinux ({error}): its VMCOREINFO has to tell "

@@ -161,30 +161,42 @@ class _Sizes(dict[int, int]):
         return size
 
 
+def _sections(data: bytes) -> tuple[bytes, bytes, dict[int, tuple[int, int]]]:
+    """Types, strings, and what is told of kinds that this module does not know."""
+    if len(data) < _HEADER.size:
+        raise _damaged("it is shorter than its header")
+    magic, version, _, start, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
+    if magic != _MAGIC or version != _VERSION:
+        raise _damaged(f"it starts with {data[:3].hex(' ')}")
+    if start < _HEADER.size or (type_off | type_len) & 3:
+        raise _damaged("its header does not make sense")
+    for offset, length in ((type_off, type_len), (str_off, str_len)):
+        if start + offset + length > len(data):
+            raise _damaged("a part of it is missing")
+    types = data[start + type_off : start + type_off + type_len]
+    strings = data[start + str_off : start + str_off + str_len]
+    return types, strings, _unknown_kinds(data, start)
+
+
 class Btf:
-    """The types of one kernel.
+    """The types of one kernel, or of it and one of its modules.
 
     :param data: what /sys/kernel/btf/vmlinux, or the section .BTF of a vmlinux, holds
+    :param base: if that is a module's, the kernel's; the module's types are then found beside these
     :raises KvirtError: if it is not BTF of this machine's byte order, or damaged
     """
 
-    def __init__(self, data: bytes) -> None:
-        if len(data) < _HEADER.size:
-            raise _damaged("it is shorter than its header")
-        magic, version, _, start, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
-        if magic != _MAGIC or version != _VERSION:
-            raise _damaged(f"it starts with {data[:3].hex(' ')}")
-        if start < _HEADER.size or (type_off | type_len) & 3:
-            raise _damaged("its header does not make sense")
-        for offset, length in ((type_off, type_len), (str_off, str_len)):
-            if start + offset + length > len(data):
-                raise _damaged("a part of it is missing")
-        types = data[start + type_off : start + type_off + type_len]
-        self._strings = data[start + str_off : start + str_off + str_len]
-        if self._strings[:1] != b"\0" or self._strings[-1:] != b"\0":
+    def __init__(self, data: bytes, base: Btf | None = None) -> None:
+        types, self._strings, known = _sections(data)
+        if (self._strings[:1] != b"\0" and base is None) or self._strings[-1:] not in (b"\0", b""):
             raise _damaged("its strings have no end")
-        self._words = array("I", types)
-        self._records = self._find_records(_Sizes(_unknown_kinds(data, start)))
+        if base is not None:
+            # A module's types and strings are numbered on from those of the kernel.
+            types, self._strings = base._words.tobytes() + types, base._strings + self._strings
+            known = {**base._unknown, **known}
+        self._unknown: dict[int, tuple[int, int]] = known
+        self._words: array[int] = array("I", types)
+        self._records = self._find_records(_Sizes(known))
         # The kind is in the uppermost byte of the second word of a record.
         uppermost = types[7 if sys.byteorder == "little" else 4 :: 4]
         kinds = bytes(map(uppermost.__getitem__, islice(self._records, 1, None)))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import drgn
 from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
+from drgn.helpers.linux.list import list_for_each_entry
 
 from kvirt.btf import Btf, Kind, kernel_btf
 from kvirt.errors import KvirtError
@@ -28,6 +29,8 @@ FINDER = "btf"
 
 # A typedef of a qualifier of a pointer to a function ...: more than any source has.
 _DEEP = 128
+# More than anybody loads.
+_MODULES_MAX = 1 << 14
 # What a kernel's BTF can be at most, in bytes; Debian's are 5 MiB.
 _BTF_MAX = 1 << 28
 
@@ -55,6 +58,9 @@ _VARIABLES: Mapping[str, str] = {
     "zero_pfn": "unsigned long",
     "huge_zero_pfn": "unsigned long",
     "high_memory": "void *",
+    # mm/page_alloc.c, mm/slab_common.c
+    "_totalram_pages": "atomic_long_t",
+    "slab_caches": "struct list_head",
     # mm/hugetlb.c
     "hstates": "struct hstate []",
     "hugetlb_max_hstate": "int",
@@ -308,6 +314,12 @@ def read_btf(prog: drgn.Program) -> Btf:
         ) from None
 
 
+def _register(prog: drgn.Program, name: str, btf: Btf, index: int) -> None:
+    finders = _Finders(prog, btf)
+    prog.register_type_finder(name, finders.find_type, enable_index=index)
+    prog.register_object_finder(name, finders.find_object, enable_index=index)
+
+
 def use_btf(prog: drgn.Program, btf: Btf | None = None) -> None:
     """Have a program find types, objects and symbols in BTF and kallsyms, before it looks elsewhere.
 
@@ -315,6 +327,24 @@ def use_btf(prog: drgn.Program, btf: Btf | None = None) -> None:
     :raises KvirtError: if the kernel does not have what is needed
     """
     prog.register_symbol_finder(FINDER, read_kallsyms(prog), enable_index=0)
-    finders = _Finders(prog, btf or read_btf(prog))
-    prog.register_type_finder(FINDER, finders.find_type, enable_index=0)
-    prog.register_object_finder(FINDER, finders.find_object, enable_index=0)
+    _register(prog, FINDER, btf or read_btf(prog), 0)
+
+
+def use_module_btf(prog: drgn.Program, module: str) -> None:
+    """Have a program find the types of a loaded module too, after :func:`use_btf`.
+
+    :param module: its name, with underscores
+    :raises KvirtError: if it is not loaded, or is without BTF
+    """
+    # kernel/bpf/btf.c: btf_modules
+    modules = drgn.Object(prog, "struct list_head", address=prog.symbol("btf_modules").address)
+    for entry in islice(
+        list_for_each_entry("struct btf_module", modules.address_of_(), "list"), _MODULES_MAX
+    ):
+        btf = entry.btf
+        if btf.name.string_().decode(errors="replace") == module:
+            data = prog.read(btf.data.value_(), btf.data_size.value_())
+            # Behind the kernel's own: a module may have a structure of the same name.
+            _register(prog, f"{FINDER}-{module}", Btf(data, read_btf(prog)), -1)
+            return
+    raise KvirtError(f"No module {module} with types of its own is loaded in this kernel.")

@@ -114,3 +114,9 @@ def whole_of(dump: Dump) -> Whole:
 def whole(dump: Dump) -> Whole:
     """Every process of a dump, checked."""
     return whole_of(dump)
+
+
+@pytest.fixture(scope="session")
+def core73_dump(core73: tuple[Path, Path, dict[str, Any]]) -> Dump:
+    """The dump of the kernel that has anonymous page offsets."""
+    return Dump(*core73)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Types and symbols out of the dump alone, against those of the vmlinux with debug information."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import drgn
+import pytest
+
+from kvirt.btf import Btf
+from kvirt.checks.process import ProcessChecker
+from kvirt.checks.task import check_task
+from kvirt.errors import KvirtError
+from kvirt.finders import read_kallsyms, use_btf, use_module_btf
+from kvirt.layout import StructLayout, layout_of, read_layout
+from kvirt.scheme import Scheme
+from kvirt.target import open_target
+from kvirt.tasks import find_process
+from tests.vmcore.conftest import TREE, kvirt
+
+
+def without_vmlinux(dump, *arguments):
+    return kvirt("-c", dump.core, "--types", "btf", *arguments)
+
+
+@pytest.mark.parametrize("command", ["vmas", "check-pid", "check-all"])
+def test_the_same_document_without_vmlinux(dump, command):
+    pids = () if command == "check-all" else (dump.pid,)
+    alone = without_vmlinux(dump, command, *pids, "--format", "json")
+    with_it = dump.kvirt(command, *pids, "--format", "json")
+    assert (alone.returncode, with_it.returncode) == (0, 0), alone.stderr
+    assert '"types": "btf"' in alone.stdout
+    assert alone.stdout.replace('"types": "btf"', '"types": "dwarf"') == with_it.stdout
+    assert alone.stderr == with_it.stderr
+
+
+def test_damage_is_found_without_vmlinux(dump):
+    done = without_vmlinux(dump, "lab", "damage", "FOLIO-INDEX", dump.pid, "--format", "json")
+    assert done.returncode == 1, done.stderr
+    assert [f["id"] for f in json.loads(done.stdout)["findings"] if f["severity"] == "error"] == [
+        "FOLIO-INDEX"
+    ]
+
+
+def test_what_is_at_hand_is_taken_and_told(dump):
+    done = kvirt("-c", dump.core, "check-pid", dump.pid, "--no-vmas")
+    assert done.returncode == 0, done.stderr
+    assert "types from BTF" in done.stdout
+    assert "types from DWARF" in dump.kvirt("check-pid", dump.pid, "--no-vmas").stdout
+
+
+def test_two_sources_of_types_are_one_too_many(dump):
+    done = kvirt("-c", dump.core, "-s", dump.vmlinux, "--types", "btf", "vmas", 1)
+    assert done.returncode == 2
+    assert "leave out --symbols" in done.stderr
+
+
+def plain(value):
+    """Layouts of structures compared by what is in them."""
+    if isinstance(value, StructLayout):
+        return value.type_name, value.size, value.members
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
+def test_the_layout_is_the_same(dump):
+    alone = read_layout(open_target(core=dump.core, types="btf").prog)
+    assert plain(alone) == plain(layout_of(dump.opened().prog))
+
+
+def bare(dump):
+    """The dump, with symbols and without types; and its BTF as it is in it."""
+    prog = drgn.Program()
+    prog.set_core_dump(dump.core)
+    symbols = read_kallsyms(prog)
+    prog.register_symbol_finder("symbols", symbols, enable_index=0)
+    start, stop = prog.symbol("__start_BTF").address, prog.symbol("__stop_BTF").address
+    return prog, prog.read(start, stop - start)
+
+
+# KASLR: a kernel without it begins here (arch/x86/include/asm/page_64_types.h, __START_KERNEL).
+LINKED_AT = 0xFFFFFFFF81000000
+
+
+def test_the_kernel_is_not_where_it_was_linked(dump):
+    prog, _ = bare(dump)
+    assert prog.symbol("_stext").address & ~0xFFFFFF != LINKED_AT
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        # Both generations of names at once.
+        ([(b"\0__vm_anon_pgoff_hi\0", b"\0__vm_virt_pgoff_hi\0")], "more than one kind"),
+        # None that is known, where copy_vma() has a parameter for it.
+        (
+            [
+                (b"\0__vm_anon_pgoff_lo\0", b"\0__vm_some_pgoff_lo\0"),
+                (b"\0__vm_anon_pgoff_hi\0", b"\0__vm_some_pgoff_hi\0"),
+            ],
+            "disagree",
+        ),
+    ],
+)
+def test_unknown_futures_are_refused(core73_dump, changes, words):
+    prog, btf = bare(core73_dump)
+    for old, new in changes:
+        assert btf.count(old) == 1
+        btf = btf.replace(old, new)
+    use_btf(prog, Btf(btf))
+    with pytest.raises(KvirtError, match=words):
+        layout_of(prog)
+
+
+def test_the_names_before_the_merge(core73_dump):
+    prog, btf = bare(core73_dump)
+    for name in (b"\0__vm_anon_pgoff_lo\0", b"\0__vm_anon_pgoff_hi\0", b"\0anon_pgoff\0"):
+        assert btf.count(name) == 1
+        btf = btf.replace(name, name.replace(b"anon", b"virt"))
+    use_btf(prog, Btf(btf))
+    layout = layout_of(prog)
+    assert layout.scheme is Scheme.VIRT_PGOFF
+    merged = core73_dump.opened().prog
+    for pid in core73_dump.processes().values():
+        one, other = (
+            check_task(ProcessChecker(p, layout_of(p), moves=False), find_process(p, pid))
+            for p in (prog, merged)
+        )
+        assert [(r.vma.vm_start, r.vma.anon_pgoff, r.kind, r.name) for r in one.vmas] == [
+            (r.vma.vm_start, r.vma.anon_pgoff, r.kind, r.name) for r in other.vmas
+        ]
+        assert (one.pages, one.findings) == (other.pages, other.findings)
+        assert one.pages.verified
+
+
+def test_a_plain_drgn_script_can_use_it(dump, tmp_path):
+    script = tmp_path / "tasks.py"
+    script.write_text(
+        f"import drgn, sys; sys.path.insert(0, {str(TREE)!r})\n"
+        "from drgn.helpers.linux.pid import find_task\n"
+        "from drgn.helpers.linux.mm import for_each_vma\n"
+        "from kvirt.finders import use_btf\n"
+        f"prog = drgn.Program(); prog.set_core_dump({str(dump.core)!r})\n"
+        "use_btf(prog)\n"
+        f"task = find_task(prog, {dump.pid})\n"
+        "print(task.comm.string_().decode(), sum(1 for _ in for_each_vma(task.mm)), prog['init_task'].pid)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(dump.kvirt("vmas", dump.pid, "--format", "json").stdout)
+    assert done.stdout.split() == [listed["comm"], str(len(listed["vmas"])), "(pid_t)0"]
+
+
+def test_types_of_a_module(dump):
+    prog, _ = bare(dump)
+    use_btf(prog)
+    with pytest.raises(LookupError):
+        prog.type("struct fw_cfg_sysfs_entry")
+    # The lab's guests load it, for VMCOREINFO.
+    use_module_btf(prog, "qemu_fw_cfg")
+    entry = prog.type("struct fw_cfg_sysfs_entry")
+    assert [m.name for m in entry.members] == ["kobj", "size", "select", "name", "list"]
+    with pytest.raises(KvirtError, match="No module nonsense"):
+        use_module_btf(prog, "nonsense")

@@ -80,8 +80,3 @@ def test_socket_that_does_not_speak_qmp(tmp_path):
         with pytest.raises(KvirtError, match="does not speak QMP"):
             open_target(qemu=path)
         thread.join()
-
-
-def test_btf_is_said_to_be_missing():
-    with pytest.raises(KvirtError, match="not implemented"):
-        open_target(types="btf")

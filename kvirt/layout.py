@@ -7,8 +7,10 @@ kernel have ...?". They decide by types, members, symbols and prototypes, never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import drgn
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from kvirt.errors import KvirtError
 from kvirt.pgtable import PageTables, arm64, x86_64
 from kvirt.scheme import VM_FLAG_BITS, Scheme, detect_scheme
+from kvirt.snapshot import Readable
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,29 @@ class Member:
 
     offset: int
     size: int
+
+
+_Values = Callable[[bytes], tuple[int, ...]]
+# Of struct, by size.
+_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+def _getter(members: Mapping[str, Member], names: Sequence[str]) -> _Values:
+    """A function that takes members out of a structure's bytes, all at once if struct can do it."""
+    order = sorted(names, key=lambda name: members[name].offset)
+    format_, end = "<", 0
+    for name in order:
+        member = members[name]
+        if member.offset < end or member.size not in _FORMATS:
+            spans = [(members[n].offset, members[n].offset + members[n].size) for n in names]
+            return lambda data: tuple(int.from_bytes(data[a:b], "little") for a, b in spans)
+        format_ += f"{member.offset - end}x{_FORMATS[member.size]}"
+        end = member.offset + member.size
+    unpack: _Values = struct.Struct(format_).unpack_from
+    if order == list(names):
+        return unpack
+    pick = itemgetter(*(order.index(name) for name in names))
+    return lambda data: pick(unpack(data))
 
 
 class StructLayout:
@@ -36,7 +62,8 @@ class StructLayout:
         self.type_name = type_name
         self.size = size
         self.members = dict(members)
-        self._items = tuple((n, m.offset, m.offset + m.size) for n, m in self.members.items())
+        self._names = tuple(self.members)
+        self._getters: dict[tuple[str, ...], _Values] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -47,23 +74,30 @@ class StructLayout:
 
     def decode(self, data: bytes) -> dict[str, int]:
         """Unsigned little-endian values of all members, by name."""
-        return {n: int.from_bytes(data[a:b], "little") for n, a, b in self._items}
+        return dict(zip(self._names, self.values(data, self._names), strict=True))
 
-    def read(self, prog: drgn.Program, address: int) -> dict[str, int]:
+    def values(self, data: bytes, names: tuple[str, ...]) -> tuple[int, ...]:
+        """Unsigned little-endian values of some members, in this order."""
+        getter = self._getters.get(names)
+        if getter is None:
+            getter = self._getters[names] = _getter(self.members, names)
+        return getter(data)
+
+    def read(self, memory: Readable, address: int) -> dict[str, int]:
         """Read the structure at a virtual address with one read.
 
         :raises drgn.FaultError: if it cannot be read
         """
-        return self.decode(prog.read(address, self.size))
+        return self.decode(memory.read(address, self.size))
 
-    def read_member(self, prog: drgn.Program, address: int, name: str) -> int:
+    def read_member(self, memory: Readable, address: int, name: str) -> int:
         """Read one member of the structure at a virtual address, where the rest of it is of no interest.
 
         :raises drgn.FaultError: if it cannot be read
         """
         member = self.members[name]
         where = (address + member.offset) & ((1 << 64) - 1)
-        return int.from_bytes(prog.read(where, member.size), "little")
+        return int.from_bytes(memory.read(where, member.size), "little")
 
 
 def _resolve(type_: drgn.Type, path: str) -> Member | None:

@@ -17,6 +17,7 @@ from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.forest import AnonTree, Family, MmState, read_family, read_mm_state
 from kvirt.mm.pagetable import U64
+from kvirt.mm.rmap import Records
 
 _ACCUSING = (Severity.ERROR, Severity.WARNING)
 
@@ -76,13 +77,15 @@ class Forest:
                 members.setdefault(root, []).append(vma.address)
         found: list[FamilyViolation] = []
         quiet = True
+        # While the kernel runs, a family is read within as short a time as can be.
+        records = None if self._moves else space.records
         self._latest = []
         self._told_latest = set()
         for root, vmas in members.items():
             known = self._done.get(root)
             if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
                 continue
-            family, violations, settled = self._check_family(root, vmas)
+            family, violations, settled = self._check_family(root, vmas, records)
             quiet &= settled
             found += violations
             if family.shared():
@@ -113,8 +116,10 @@ class Forest:
                 key = check.id, violation.address or 0, where, violation.message
                 yield key, FamilyViolation(check, violation, severity)
 
-    def _check_family(self, root: int, members: list[int]) -> tuple[Family, list[FamilyViolation], bool]:
-        family = read_family(self._prog, self._layout, root, members)
+    def _check_family(
+        self, root: int, members: list[int], records: Records | None
+    ) -> tuple[Family, list[FamilyViolation], bool]:
+        family = read_family(self._prog, self._layout, root, members, records)
         found = dict(self._violations(family))
         settled = True
         transient: set[_Key] = set()

@@ -124,7 +124,8 @@ class ProcessChecker:
         self.layout = layout
         self.moves = moves
         checks = all_checks(layout)
-        self._space_checks = [c for c in checks if c.mm is not None or c.vma is not None]
+        self._mm_checks = [(c, c.mm) for c in checks if c.mm is not None]
+        self._vma_checks = [(c, c.vma) for c in checks if c.vma is not None]
         self._page_checks = [(c, c.page) for c in checks if c.page is not None]
         self._entry_checks = [(c, c.entry) for c in checks if c.entry is not None]
         self._forest = Forest(prog, layout, checks, moves=moves)
@@ -230,7 +231,7 @@ class ProcessChecker:
     def _check_space(self, into: _Pass) -> None:
         space = into.space
 
-        def note(check: Check, at: int, context: VmaContext | None, found: Iterable[Violation]) -> None:
+        def note(check: Check, at: int, context: VmaContext | None, found: list[Violation]) -> None:
             # Numbered at each place, so that another's coming or going does not rename it.
             numbers: Counter[int] = Counter()
             for violation in found:
@@ -239,18 +240,18 @@ class ProcessChecker:
                 numbers[where] += 1
 
         files = FileTrees(self.prog, self.layout, moves=self.moves)
-        for check in self._space_checks:
-            if check.mm is not None:
-                note(check, 0, None, check.mm(space))
+        for check, whole in self._mm_checks:
+            note(check, 0, None, list(whole(space)))
         for entry in space.entries:
             vma = entry.vma
             if vma.vm_mm != space.address:
                 # VMA-TREE has its say on it; while a fork copies the tree it is the parent's VMA.
                 continue
             context = VmaContext(space, vma, entry.first, entry.last, space.chains[vma.address], files)
-            for check in self._space_checks:
-                if check.vma is not None:
-                    note(check, vma.address, context, check.vma(context))
+            for check, run in self._vma_checks:
+                # Of tens of thousands nothing is found.
+                if found := list(run(context)):
+                    note(check, vma.address, context, found)
 
     def _check_pages(
         self,

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import drgn
 
 from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.file import File, read_file
-from kvirt.mm.maple import MapleError, mas_walk, mt_for_each
-from kvirt.mm.rmap import AnonVma, Chain, for_each_avc, read_anon_vma
-from kvirt.mm.vma import Vma, read_vma
+from kvirt.mm.maple import MapleError, MapleTree, mt_for_each
+from kvirt.mm.rmap import AnonVma, Chain, Records
+from kvirt.mm.vma import Vma
+from kvirt.snapshot import Readable, Snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class MmEntry:
+class MmEntry(NamedTuple):
     """One entry of ``mm->mm_mt``."""
 
     first: int
@@ -29,6 +30,8 @@ class AddressSpace:
     """A ``struct mm_struct`` and what hangs on it."""
 
     layout: Layout
+    records: Records
+    """Its VMAs and what hangs on them, as they were read."""
     address: int
     pgd: int
     map_count: int
@@ -65,20 +68,20 @@ class AddressSpace:
         return (entry.vma for entry in self.entries)
 
 
-def _add_anon_vma(prog: drgn.Program, space: AddressSpace, address: int) -> None:
+def _add_anon_vma(space: AddressSpace, address: int) -> None:
     if address == 0 or address in space.anon_vmas or address in space.unreadable:
         return
     try:
-        space.anon_vmas[address] = read_anon_vma(prog, space.layout, address)
+        space.anon_vmas[address] = space.records.anon_vmas[address]
     except drgn.FaultError as error:
         space.unreadable[address] = str(error)
 
 
-def _add_file(prog: drgn.Program, space: AddressSpace, address: int) -> None:
+def _add_file(space: AddressSpace, address: int) -> None:
     if address == 0 or address in space.files:
         return
     try:
-        space.files[address] = read_file(prog, space.layout, address)
+        space.files[address] = read_file(space.records.memory, space.layout, address)
     except drgn.FaultError:
         space.files[address] = None
 
@@ -104,15 +107,15 @@ def mm_unchanged(prog: drgn.Program, space: AddressSpace) -> bool:
 
 
 def _entries(
-    prog: drgn.Program, layout: Layout, ma_root: int, at: frozenset[int] | None
+    memory: Readable, layout: Layout, ma_root: int, at: frozenset[int] | None
 ) -> Iterator[tuple[int, int, int]]:
     if at is None:
-        yield from mt_for_each(prog, layout, ma_root)
+        yield from mt_for_each(memory, layout, ma_root)
         return
-    last = -1
+    tree, last = MapleTree(memory, layout, ma_root), -1
     for address in sorted(at):
         if address > last:
-            first, last, entry = mas_walk(prog, layout, ma_root, address)
+            first, last, entry = tree.mas_walk(address)
             if entry:
                 yield first, last, entry
 
@@ -127,9 +130,11 @@ def read_address_space(
     :raises drgn.FaultError: if the mm_struct itself cannot be read; everything else that cannot be read
         or followed is recorded
     """
-    m = layout.mm.read(prog, mm)
+    memory = Snapshot(prog)
+    m = layout.mm.read(memory, mm)
     space = AddressSpace(
         layout=layout,
+        records=Records(memory, layout),
         address=mm,
         pgd=m["pgd"],
         map_count=m["map_count"],
@@ -143,9 +148,9 @@ def read_address_space(
         at=at,
     )
     try:
-        for first, last, entry in _entries(prog, layout, m["ma_root"], at):
+        for first, last, entry in _entries(memory, layout, m["ma_root"], at):
             try:
-                vma = read_vma(prog, layout, entry)
+                vma = space.records.vmas[entry]
             except drgn.FaultError:
                 space.broken_tree = f"the entry for {first:#x} points to {entry:#x}, which cannot be read"
                 continue
@@ -153,14 +158,13 @@ def read_address_space(
     except MapleError as error:
         space.broken_tree = str(error)
     for vma in space.vmas():
-        chain = for_each_avc(prog, layout, vma)
-        space.chains[vma.address] = chain
-        _add_anon_vma(prog, space, vma.anon_vma)
-        _add_file(prog, space, vma.vm_file)
+        chain = space.chains[vma.address] = space.records.chains[vma.address]
+        _add_anon_vma(space, vma.anon_vma)
+        _add_file(space, vma.vm_file)
         for link in chain.links:
-            _add_anon_vma(prog, space, link.anon_vma)
+            _add_anon_vma(space, link.anon_vma)
     # A root that is not in any chain is damage, and a check wants to look at it.
     for anon_vma in list(space.anon_vmas.values()):
-        _add_anon_vma(prog, space, anon_vma.root)
-        _add_anon_vma(prog, space, anon_vma.parent)
+        _add_anon_vma(space, anon_vma.root)
+        _add_anon_vma(space, anon_vma.parent)
     return space

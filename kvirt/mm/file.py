@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import drgn
-
 from kvirt.layout import S_DAX, Layout
+from kvirt.snapshot import Readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +21,14 @@ class File:
     """``IS_DAX()``: its pages are the storage itself."""
 
 
-def read_file(prog: drgn.Program, layout: Layout, address: int) -> File:
+def read_file(memory: Readable, layout: Layout, address: int) -> File:
     """Read a file and its inode (``f_mapping->host``).
 
     :param address: of the ``struct file``
     :raises drgn.FaultError: if one of them cannot be read
     """
-    mapping = layout.file.read_member(prog, address, "f_mapping")
-    inode = layout.mapping.read_member(prog, mapping, "host")
-    blkbits = layout.inode.read_member(prog, inode, "i_blkbits")
-    flags = layout.inode.read_member(prog, inode, "i_flags")
+    mapping = layout.file.read_member(memory, address, "f_mapping")
+    inode = layout.mapping.read_member(memory, mapping, "host")
+    blkbits = layout.inode.read_member(memory, inode, "i_blkbits")
+    flags = layout.inode.read_member(memory, inode, "i_flags")
     return File(mapping, blkbits, bool(flags & S_DAX))

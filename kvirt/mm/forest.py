@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import drgn
 
 from kvirt.layout import RWSEM_LOCK_MASK, RWSEM_WRITER_LOCKED, Layout
-from kvirt.mm.interval_tree import Interval, Root, TreeError, in_order
-from kvirt.mm.maple import MapleError, mtree_load
-from kvirt.mm.rmap import AnonVma, AnonVmaChain, Chain, for_each_avc, read_anon_vma, read_avc
-from kvirt.mm.vma import Vma, read_vma, vma_last_anon_pgoff
+from kvirt.mm.interval_tree import Interval, RbNode, Root, TreeError, in_order
+from kvirt.mm.maple import MapleError, MapleTree
+from kvirt.mm.rmap import AnonVma, AnonVmaChain, Chain, Records
+from kvirt.mm.vma import Vma, vma_last_anon_pgoff
+from kvirt.snapshot import Readable, Snapshot
 
 # AVCs in one tree. A process has at most 65,530 VMAs by default, and a family of processes many of them.
 NODES_MAX = 1 << 22
@@ -95,9 +96,10 @@ class Family:
 
 
 class _Reader:
-    def __init__(self, prog: drgn.Program, layout: Layout, root: int) -> None:
-        self.prog = prog
+    def __init__(self, layout: Layout, root: int, records: Records) -> None:
         self.layout = layout
+        self.records = records
+        self.mm_trees: dict[int, MapleTree] = {}
         self.family = Family(root)
         self.todo: list[int] = []
         self.strangers: set[int] = set()
@@ -107,7 +109,7 @@ class _Reader:
         if not address or address in family.anon_vmas or address in self.strangers:
             return
         try:
-            anon_vma = read_anon_vma(self.prog, self.layout, address)
+            anon_vma = self.records.anon_vmas[address]
         except drgn.FaultError:
             # A chain that leads there is damage, which AVC-SELF reports.
             self.strangers.add(address)
@@ -124,11 +126,11 @@ class _Reader:
         if address in family.vmas:
             return family.vmas[address]
         try:
-            vma = read_vma(self.prog, self.layout, address)
+            vma = self.records.vmas[address]
         except drgn.FaultError:
             return None
         family.vmas[address] = vma
-        chain = family.chains[address] = for_each_avc(self.prog, self.layout, vma)
+        chain = family.chains[address] = self.records.chains[address]
         family.attached[address] = self.is_attached(vma)
         for link in chain.links:
             self.add_anon_vma(link.anon_vma)
@@ -139,7 +141,7 @@ class _Reader:
         if mm is None or mm.mm_users == 0:
             return False
         try:
-            return mtree_load(self.prog, self.layout, mm.ma_root, vma.vm_start) == vma.address
+            return self.mm_trees[vma.vm_mm].mtree_load(vma.vm_start) == vma.address
         except MapleError:
             # VMA-TREE reports a damaged one; here the VMA is taken for what it says it is.
             return True
@@ -147,27 +149,24 @@ class _Reader:
     def mm(self, address: int) -> MmState | None:
         mms = self.family.mms
         if address not in mms:
-            state = read_mm_state(self.prog, self.layout, address)
+            state = read_mm_state(self.records.memory, self.layout, address)
             if state is None:
                 return None
             mms[address] = state
+            self.mm_trees[address] = MapleTree(self.records.memory, self.layout, state.ma_root)
         return mms[address]
+
+    def read_node(self, address: int) -> RbNode:
+        try:
+            return self.records.avcs[address].rb
+        except (drgn.FaultError, OverflowError):
+            raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
 
     def read_tree(self, anon_vma: AnonVma) -> None:
         tree = self.family.trees[anon_vma.address] = AnonTree(anon_vma.tree)
-        links: dict[int, AnonVmaChain] = {}
-
-        def read(address: int) -> AnonVmaChain:
-            if address not in links:
-                try:
-                    links[address] = read_avc(self.prog, self.layout, address)
-                except (drgn.FaultError, OverflowError):
-                    raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
-            return links[address]
-
         try:
-            for address in in_order(lambda at: read(at).rb, anon_vma.tree, NODES_MAX):
-                link = tree.links[address] = links[address]
+            for address in in_order(self.read_node, anon_vma.tree, NODES_MAX):
+                link = tree.links[address] = self.records.avcs[address]
                 vma = self.add_vma(link.vma)
                 if vma is not None:
                     tree.nodes[address] = Interval(address, link.rb, vma.anon_pgoff, vma_last_anon_pgoff(vma))
@@ -175,10 +174,10 @@ class _Reader:
             tree.broken = str(error)
 
 
-def read_mm_state(prog: drgn.Program, layout: Layout, address: int) -> MmState | None:
+def read_mm_state(memory: Readable, layout: Layout, address: int) -> MmState | None:
     """The state of a ``struct mm_struct``, None if it cannot be read."""
     try:
-        m = layout.mm.read(prog, address)
+        m = layout.mm.read(memory, address)
     except drgn.FaultError:
         return None
     count = m.get("mmap_lock_count")
@@ -187,13 +186,17 @@ def read_mm_state(prog: drgn.Program, layout: Layout, address: int) -> MmState |
     return MmState(m["ma_root"], m["mm_users"], m.get("mm_lock_seq"), locked, held)
 
 
-def read_family(prog: drgn.Program, layout: Layout, root: int, members: Iterable[int]) -> Family:
+def read_family(
+    prog: drgn.Program, layout: Layout, root: int, members: Iterable[int], known: Records | None = None
+) -> Family:
     """Read the family of a root anon_vma.
 
     :param root: address of the root ``struct anon_vma``
     :param members: addresses of VMAs known to be in it, whether or not its trees have them
+    :param known: what has been read already, where nothing changes meanwhile
     """
-    reader = _Reader(prog, layout, root)
+    memory = Snapshot(prog) if known is None else known.memory
+    reader = _Reader(layout, root, Records(memory, layout, known))
     reader.add_anon_vma(root)
     for address in members:
         reader.add_vma(address)

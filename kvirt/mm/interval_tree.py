@@ -7,12 +7,15 @@ Nodes are named by the address of the structure that they are in, not of its ``s
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import drgn
 
 from kvirt.layout import TreeLayout
+from kvirt.snapshot import Readable
 
 # A red-black tree of 2^48 nodes is no deeper.
 DEPTH_MAX = 96
@@ -22,8 +25,7 @@ class TreeError(Exception):
     """A tree cannot be followed: corrupted, or changed while it was read."""
 
 
-@dataclass(frozen=True, slots=True)
-class RbNode:
+class RbNode(NamedTuple):
     """A ``struct rb_node`` with its ``rb_subtree_last``; 0 is no node."""
 
     parent: int
@@ -32,16 +34,14 @@ class RbNode:
     subtree_last: int
 
 
-@dataclass(frozen=True, slots=True)
-class Root:
+class Root(NamedTuple):
     """A ``struct rb_root_cached``; 0 is no node."""
 
     node: int
     leftmost: int
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """A node with its key: page offsets, both included."""
 
     address: int
@@ -52,15 +52,21 @@ class Interval:
 
 def decode_root(tree: TreeLayout, data: bytes, at: int) -> Root:
     """The ``struct rb_root_cached`` at an offset of bytes that were read."""
-    node = int.from_bytes(data[at + tree.root_node : at + tree.root_node + 8], "little")
-    leftmost = int.from_bytes(data[at + tree.root_leftmost : at + tree.root_leftmost + 8], "little")
+    (node,) = _words(8).unpack_from(data, at + tree.root_node)
+    (leftmost,) = _words(8).unpack_from(data, at + tree.root_leftmost)
     # mm_take_all_locks() marks a root by the lowest bit.
-    return Root(_owner(tree, node & ~3), _owner(tree, leftmost))
+    node &= ~3
+    return Root(_owner(tree, node) if node else 0, _owner(tree, leftmost) if leftmost else 0)
 
 
 def _owner(tree: TreeLayout, rb: int) -> int:
     # rb_entry(); a wild pointer below the offset stays wild.
-    return max(rb - tree.rb, 1) if rb else 0
+    return rb - tree.rb if rb > tree.rb else 1
+
+
+@functools.cache
+def _words(size: int) -> struct.Struct:
+    return struct.Struct(f"<{size // 8}Q")
 
 
 def decode_node(tree: TreeLayout, data: bytes, at: int) -> RbNode:
@@ -68,26 +74,24 @@ def decode_node(tree: TreeLayout, data: bytes, at: int) -> RbNode:
 
     :param at: where the ``struct rb_node`` is in *data*
     """
-
-    def word(offset: int) -> int:
-        return int.from_bytes(data[at + offset : at + offset + 8], "little")
-
+    words = _words(tree.span).unpack_from(data, at)
     # rb_parent(): the lower bits hold the colour.
+    parent, left, right = words[tree.parent >> 3] & ~3, words[tree.left >> 3], words[tree.right >> 3]
     return RbNode(
-        _owner(tree, word(tree.parent) & ~3),
-        _owner(tree, word(tree.left)),
-        _owner(tree, word(tree.right)),
-        word(tree.subtree_last - tree.rb),
+        _owner(tree, parent) if parent else 0,
+        _owner(tree, left) if left else 0,
+        _owner(tree, right) if right else 0,
+        words[(tree.subtree_last - tree.rb) >> 3],
     )
 
 
-def read_node(prog: drgn.Program, tree: TreeLayout, address: int) -> RbNode:
+def read_node(memory: Readable, tree: TreeLayout, address: int) -> RbNode:
     """Read the node in the structure at an address.
 
     :raises TreeError: if it cannot be read
     """
     try:
-        data = prog.read(address + tree.rb, tree.span)
+        data = memory.read(address + tree.rb, tree.span)
     except (drgn.FaultError, OverflowError):
         raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
     return decode_node(tree, data, 0)
@@ -157,12 +161,12 @@ def rb_prev(read: Read, address: int) -> int:
 
 
 def in_order(read: Read, root: Root, limit: int) -> Iterator[int]:
-    """All nodes of a tree in order, from the root down.
+    """All nodes of a tree in order, from the root down; each is read once.
 
     :param limit: nodes at most
     :raises TreeError: where the tree cannot be followed; what came before it is valid
     """
-    stack: list[int] = []
+    stack: list[tuple[int, int]] = []
     seen: set[int] = set()
     address = root.node
     while address or stack:
@@ -174,11 +178,11 @@ def in_order(read: Read, root: Root, limit: int) -> Iterator[int]:
             if len(stack) >= DEPTH_MAX:
                 raise TreeError(f"the tree is deeper than {DEPTH_MAX} nodes")
             seen.add(address)
-            stack.append(address)
-            address = read(address).left
-        address = stack.pop()
-        yield address
-        address = read(address).right
+            node = read(address)
+            stack.append((address, node.right))
+            address = node.left
+        above, address = stack.pop()
+        yield above
 
 
 def subtree_last(read: Read, node: RbNode, last: int) -> int:

@@ -8,11 +8,14 @@ tens of thousands of VMAs, and it follows a tree with a loop for ever.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import drgn
 
 from kvirt.layout import Layout
+from kvirt.snapshot import Readable
 
 _ULONG_MAX = (1 << 64) - 1
 # lib/maple_tree.c: MAPLE_HEIGHT_MAX
@@ -33,14 +36,20 @@ def _is_node(entry: int) -> bool:
     return entry & 3 == 2 and entry > 4096
 
 
-def _node(
-    prog: drgn.Program, layout: Layout, entry: int, max_index: int
-) -> tuple[list[int], list[int], bool]:
-    """Pivots and slots in use of a node, and whether it is a leaf (``ma_data_end()`` and friends)."""
+class _Node(NamedTuple):
+    """What is in use of a node (``ma_data_end()`` and friends)."""
+
+    lasts: tuple[int, ...]
+    """Last index of each slot: the pivots, and the node's own last index."""
+    slots: tuple[int, ...]
+    leaf: bool
+
+
+def _read_node(memory: Readable, layout: Layout, entry: int, max_index: int) -> _Node:
     maple = layout.maple
     address = entry & ~_NODE_MASK
     try:
-        data = prog.read(address, maple.node_words * 8)
+        data = memory.read(address, maple.node_words * 8)
     except drgn.FaultError as error:
         raise MapleError(f"maple node {address:#x} cannot be read ({error})") from None
     words = struct.unpack(f"<{maple.node_words}Q", data)
@@ -62,10 +71,10 @@ def _node(
         raise MapleError(f"maple node {address:#x} is of unknown type {type_}")
     if end >= len(slots):
         raise MapleError(f"maple node {address:#x} claims {end + 1} slots and has {len(slots)}")
-    return list(pivots[:end]), list(slots[: end + 1]), type_ == _LEAF_64
+    return _Node((*pivots[:end], max_index), slots[: end + 1], type_ == _LEAF_64)
 
 
-def mt_for_each(prog: drgn.Program, layout: Layout, ma_root: int) -> Iterator[tuple[int, int, int]]:
+def mt_for_each(memory: Readable, layout: Layout, ma_root: int) -> Iterator[tuple[int, int, int]]:
     """Go through the entries of a maple tree in order.
 
     :param ma_root: value of ``mt->ma_root``
@@ -86,10 +95,10 @@ def mt_for_each(prog: drgn.Program, layout: Layout, ma_root: int) -> Iterator[tu
         if address in seen or depth > _HEIGHT_MAX:
             raise MapleError(f"maple node {address:#x} is reached twice")
         seen.add(address)
-        pivots, slots, leaf = _node(prog, layout, entry, high)
+        lasts, slots, leaf = _read_node(memory, layout, entry, high)
         children = []
         first = low
-        for slot, last in zip(slots, [*pivots, high], strict=True):
+        for slot, last in zip(slots, lasts, strict=True):
             if not first <= last <= high:
                 raise MapleError(f"maple node {address:#x} has pivots out of order")
             if leaf:
@@ -101,37 +110,60 @@ def mt_for_each(prog: drgn.Program, layout: Layout, ma_root: int) -> Iterator[tu
         stack += reversed(children)
 
 
-def mas_walk(prog: drgn.Program, layout: Layout, ma_root: int, index: int) -> tuple[int, int, int]:
-    """The entry at an index of a maple tree with the range that it is stored for (lib/maple_tree.c).
+class MapleTree:
+    """A maple tree that is asked for many indexes; each node on the way is read once."""
 
-    :param ma_root: value of ``mt->ma_root``
-    :return: first index, last index and entry, which is 0 if nothing is stored there
-    :raises MapleError: if the tree cannot be followed to there
-    """
-    if not _is_node(ma_root):
-        return (0, 0, ma_root) if index == 0 else (1, _ULONG_MAX, 0)
-    entry, first, high = ma_root, 0, _ULONG_MAX
-    for _ in range(_HEIGHT_MAX):
-        if entry & ~_NODE_MASK == 0:
-            raise MapleError("a maple node has an empty slot where a node should be")
-        pivots, slots, leaf = _node(prog, layout, entry, high)
-        for slot, last in zip(slots, [*pivots, high], strict=True):
-            if not first <= last <= high:
+    def __init__(self, memory: Readable, layout: Layout, ma_root: int) -> None:
+        """Prepare.
+
+        :param ma_root: value of ``mt->ma_root``
+        """
+        self._memory = memory
+        self._layout = layout
+        self._root = ma_root
+        # By entry and range, with the number of slots from the first on whose last indexes are in order.
+        self._nodes: dict[tuple[int, int, int], tuple[_Node, int]] = {}
+
+    def _node(self, entry: int, first: int, high: int) -> tuple[_Node, int]:
+        key = entry, first, high
+        if key not in self._nodes:
+            if entry & ~_NODE_MASK == 0:
+                raise MapleError("a maple node has an empty slot where a node should be")
+            node = _read_node(self._memory, self._layout, entry, high)
+            sound = 0
+            for last in node.lasts:
+                if not first <= last <= high:
+                    break
+                first = last + 1
+                sound += 1
+            self._nodes[key] = node, sound
+        return self._nodes[key]
+
+    def mas_walk(self, index: int) -> tuple[int, int, int]:
+        """The entry at an index with the range that it is stored for (lib/maple_tree.c).
+
+        :return: first index, last index and entry, which is 0 if nothing is stored there
+        :raises MapleError: if the tree cannot be followed to there
+        """
+        entry = self._root
+        if not _is_node(entry):
+            return (0, 0, entry) if index == 0 else (1, _ULONG_MAX, 0)
+        first, high = 0, _ULONG_MAX
+        for _ in range(_HEIGHT_MAX):
+            (lasts, slots, leaf), sound = self._node(entry, first, high)
+            slot = bisect_left(lasts, index, 0, sound)
+            if slot == sound:
                 raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} has pivots out of order")
-            if index <= last:
-                entry, high = slot, last
-                break
-            first = last + 1
-        else:
-            raise MapleError(f"maple node {entry & ~_NODE_MASK:#x} ends before its range")
-        if leaf:
-            return first, high, 0 if entry == _XA_ZERO_ENTRY else entry
-    raise MapleError("the maple tree is deeper than any")
+            if slot:
+                first = lasts[slot - 1] + 1
+            entry, high = slots[slot], lasts[slot]
+            if leaf:
+                return first, high, 0 if entry == _XA_ZERO_ENTRY else entry
+        raise MapleError("the maple tree is deeper than any")
 
+    def mtree_load(self, index: int) -> int:
+        """The entry at an index, 0 if there is none (lib/maple_tree.c).
 
-def mtree_load(prog: drgn.Program, layout: Layout, ma_root: int, index: int) -> int:
-    """The entry at an index of a maple tree, 0 if there is none (lib/maple_tree.c).
-
-    :raises MapleError: as :func:`mas_walk`
-    """
-    return mas_walk(prog, layout, ma_root, index)[2]
+        :raises MapleError: as :meth:`mas_walk`
+        """
+        return self.mas_walk(index)[2]

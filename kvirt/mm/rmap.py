@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple, TypeVar
 
 import drgn
 
 from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.interval_tree import RbNode, Root, decode_node, decode_root
-from kvirt.mm.vma import Vma
+from kvirt.mm.vma import Vma, read_vma
+from kvirt.snapshot import Readable
 
 # A chain is as long as the process is deep in forks. No kernel gets near; a damaged list may.
 CHAIN_MAX = 1 << 16
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class AnonVma:
+
+class AnonVma(NamedTuple):
     """A ``struct anon_vma`` as it was in one read."""
 
     address: int
@@ -30,8 +35,7 @@ class AnonVma:
     """Whether somebody held its rwsem for write; None where the kernel does not tell."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnonVmaChain:
+class AnonVmaChain(NamedTuple):
     """A ``struct anon_vma_chain`` (AVC): ties one VMA to one anon_vma."""
 
     address: int
@@ -39,11 +43,11 @@ class AnonVmaChain:
     anon_vma: int
     same_vma_next: int
     same_vma_prev: int
-    rb: RbNode = field(compare=False)
+    rb: RbNode
     """Its place in the tree of the anon_vma, which other processes change too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """The AVCs on ``vma->anon_vma_chain``, in order."""
 
@@ -53,48 +57,104 @@ class Chain:
 
     def anon_vmas(self) -> frozenset[int]:
         """Addresses of the anon_vmas in it."""
-        return frozenset(link.anon_vma for link in self.links)
+        return self._anon_vmas
+
+    @cached_property
+    def _anon_vmas(self) -> frozenset[int]:
+        return frozenset([link.anon_vma for link in self.links])
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same list; the places of its AVCs in their trees do not count."""
+        return (
+            isinstance(other, Chain)
+            and self.broken == other.broken
+            and [link[:-1] for link in self.links] == [link[:-1] for link in other.links]
+        )
 
 
-def read_anon_vma(prog: drgn.Program, layout: Layout, address: int) -> AnonVma:
+_AVC = ("vma", "anon_vma", "same_vma_next", "same_vma_prev")
+_ANON_VMA = ("root", "parent", "refcount")
+_OPTIONAL = ("num_children", "num_active_vmas", "rwsem_count")
+
+
+def read_anon_vma(memory: Readable, layout: Layout, address: int) -> AnonVma:
     """Read a ``struct anon_vma`` with one read.
 
     :raises drgn.FaultError: if it cannot be read
     """
-    data = prog.read(address, layout.anon_vma.size)
-    m = layout.anon_vma.decode(data)
-    count = m.get("rwsem_count")
+    how = layout.anon_vma
+    data = memory.read(address, how.size)
+    root, parent, refcount = how.values(data, _ANON_VMA)
+    children, active, count = (how.values(data, (n,))[0] if n in how.members else None for n in _OPTIONAL)
     return AnonVma(
         address,
-        m["root"],
-        m["parent"],
-        m["refcount"],
-        decode_root(layout.anon_tree, data, layout.anon_vma.offset("rb_root")),
-        m.get("num_children"),
-        m.get("num_active_vmas"),
+        root,
+        parent,
+        refcount,
+        decode_root(layout.anon_tree, data, how.offset("rb_root")),
+        children,
+        active,
         None if count is None else bool(count & RWSEM_WRITER_LOCKED),
     )
 
 
-def read_avc(prog: drgn.Program, layout: Layout, address: int) -> AnonVmaChain:
+def read_avc(memory: Readable, layout: Layout, address: int) -> AnonVmaChain:
     """Read a ``struct anon_vma_chain`` with one read.
 
     :raises drgn.FaultError: if it cannot be read
     """
-    data = prog.read(address, layout.avc.size)
-    m = layout.avc.decode(data)
-    return AnonVmaChain(
-        address,
-        m["vma"],
-        m["anon_vma"],
-        m["same_vma_next"],
-        m["same_vma_prev"],
-        decode_node(layout.anon_tree, data, layout.anon_tree.rb),
-    )
+    avc, tree = layout.avc, layout.anon_tree
+    data = memory.read(address, avc.size)
+    return AnonVmaChain._make((address, *avc.values(data, _AVC), decode_node(tree, data, tree.rb)))
 
 
-def for_each_avc(prog: drgn.Program, layout: Layout, vma: Vma) -> Chain:
-    """Follow ``vma->anon_vma_chain``. A damaged list ends with what was read and the reason."""
+class _Table(dict[int, T]):
+    """Structures by address, read when they are asked for."""
+
+    def __init__(self, read: Callable[[int], T], known: Mapping[int, T]) -> None:
+        self._read = read
+        self._known = known
+
+    def __missing__(self, address: int) -> T:
+        one = self._known.get(address)
+        if one is None:
+            one = self._read(address)
+        self[address] = one
+        return one
+
+
+class Records:
+    """VMAs, AVCs and anon_vmas in some memory, each read once, whatever leads to it.
+
+    Looking one up raises :class:`drgn.FaultError` if it cannot be read.
+    """
+
+    def __init__(self, memory: Readable, layout: Layout, known: Records | None = None) -> None:
+        """Prepare.
+
+        :param known: what was read already and is to be taken as it was
+        """
+        self.memory = memory
+        self._layout = layout
+        self.vmas: _Table[Vma] = _Table(partial(read_vma, memory, layout), known.vmas if known else {})
+        self.avcs: _Table[AnonVmaChain] = _Table(
+            partial(read_avc, memory, layout), known.avcs if known else {}
+        )
+        self.anon_vmas: _Table[AnonVma] = _Table(
+            partial(read_anon_vma, memory, layout), known.anon_vmas if known else {}
+        )
+        self.chains: _Table[Chain] = _Table(self._chain, known.chains if known else {})
+        """Chain of each VMA, by the VMA's address."""
+
+    def _chain(self, vma: int) -> Chain:
+        return for_each_avc(self.avcs, self._layout, self.vmas[vma])
+
+
+def for_each_avc(avcs: Mapping[int, AnonVmaChain], layout: Layout, vma: Vma) -> Chain:
+    """Follow ``vma->anon_vma_chain``. A damaged list ends with what was read and the reason.
+
+    :param avcs: from :class:`Records`
+    """
     head = vma.address + layout.vma.offset("chain_next")
     link_offset = layout.avc.offset("same_vma_next")
     links: list[AnonVmaChain] = []
@@ -107,7 +167,7 @@ def for_each_avc(prog: drgn.Program, layout: Layout, vma: Vma) -> Chain:
             return Chain(tuple(links), f"the chain has more than {CHAIN_MAX} links")
         seen.add(node)
         try:
-            link = read_avc(prog, layout, max(node - link_offset, 0))
+            link = avcs[max(node - link_offset, 0)]
         except drgn.FaultError:
             return Chain(tuple(links), f"the chain leads to {node:#x}, which cannot be read")
         if link.same_vma_prev != previous:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import drgn
 from drgn import container_of
 from drgn.helpers.linux.mm import vma_name as _drgn_vma_name
 
 from kvirt.layout import Layout, layout_of
+from kvirt.snapshot import Readable
 
 _ULONG_MAX = (1 << 64) - 1
 
@@ -28,8 +29,8 @@ class VmaKind(enum.StrEnum):
     SPECIAL = "special"
 
 
-@dataclass(frozen=True, slots=True)
-class Vma:
+# What there are many of are tuples, which are made several times as fast as dataclasses.
+class Vma(NamedTuple):
     """A ``struct vm_area_struct`` as it was in one read. Page offsets count base pages."""
 
     layout: Layout
@@ -53,34 +54,29 @@ class Vma:
         return bool(self.vm_flags & self.layout.vm[name])
 
 
-def read_vma(prog: drgn.Program, layout: Layout, address: int) -> Vma:
+_FIRST = ("vm_start", "vm_end", "vm_mm", "vm_flags", "vm_pgoff")
+_ANON_PGOFF = ("anon_pgoff_lo", "anon_pgoff_hi")
+_LAST = ("anon_vma", "vm_ops", "vm_file", "chain_next", "chain_prev")
+_ANON_NAME = ("anon_name",)
+
+
+def read_vma(memory: Readable, layout: Layout, address: int) -> Vma:
     """Read a VMA with one read, so that as little of it as possible is torn.
 
     :param address: of the ``struct vm_area_struct``
     :raises drgn.FaultError: if it cannot be read
     """
-    m = layout.vma.read(prog, address)
-    if "anon_pgoff_lo" in m:
+    how = layout.vma
+    data = memory.read(address, how.size)
+    first = how.values(data, _FIRST)
+    if "anon_pgoff_lo" in how.members:
         # include/linux/mm.h: vma_start_anon_pgoff()
-        anon_pgoff = m["anon_pgoff_hi"] << 32 | m["anon_pgoff_lo"]
+        low, high = how.values(data, _ANON_PGOFF)
+        anon_pgoff = high << 32 | low
     else:
-        anon_pgoff = m["vm_pgoff"]
-    return Vma(
-        layout,
-        address,
-        m["vm_start"],
-        m["vm_end"],
-        m["vm_mm"],
-        m["vm_flags"],
-        m["vm_pgoff"],
-        anon_pgoff,
-        m["anon_vma"],
-        m["vm_ops"],
-        m["vm_file"],
-        m["chain_next"],
-        m["chain_prev"],
-        m.get("anon_name", 0),
-    )
+        anon_pgoff = first[-1]
+    anon_name = how.values(data, _ANON_NAME)[0] if "anon_name" in how.members else 0
+    return Vma._make((layout, address, *first, anon_pgoff, *how.values(data, _LAST), anon_name))
 
 
 def vma_snapshot(vma: drgn.Object) -> Vma:

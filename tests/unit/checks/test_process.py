@@ -35,6 +35,9 @@ class Process:
     def __init__(self):
         self.memory = Memory()
         self.reads = {}
+        # Each has a page to itself, which is read with it.
+        for address in (MM, VMA, AVC, ANON_VMA, LEAF):
+            self.memory.put(address, bytes(4096))
         put = self.memory.put_struct
         self.mm = {
             "ma_root": LEAF | 1 << 3 | 6,

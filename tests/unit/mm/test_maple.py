@@ -3,7 +3,7 @@ import struct
 
 import pytest
 
-from kvirt.mm.maple import MapleError, mas_walk, mt_for_each, mtree_load
+from kvirt.mm.maple import MapleError, MapleTree, mt_for_each
 from tests.unit.fake import Memory, make_layout
 
 MAX = (1 << 64) - 1
@@ -109,16 +109,17 @@ def test_a_single_look_up_agrees_with_the_whole_walk():
     memory.put(0x3000, node([0x9FFF, MAX], [0xC00, 0], LEAF))
     memory.put(0x1000, node([0x7FFF, MAX], [encode(0x2000, LEAF), encode(0x3000, LEAF)], ARANGE))
     top = root(0x1000, ARANGE)
-    stored = entries(memory, top)
+    stored, tree = entries(memory, top), MapleTree(memory.prog, layout, top)
     assert len(stored) == 3
     for index in (0, 0xFFF, 0x1000, 0x1FFF, 0x2000, 0x7FFF, 0x8000, 0x9FFF, 0xA000, MAX):
         expected = [entry for entry in stored if entry[0] <= index <= entry[1]]
-        first, last, entry = mas_walk(memory.prog, layout, top, index)
+        first, last, entry = tree.mas_walk(index)
         assert first <= index <= last
         assert ([(first, last, entry)] if entry else []) == expected
-        assert mtree_load(memory.prog, layout, top, index) == entry
-    assert mas_walk(memory.prog, layout, 0xFFFF888000001000, 0) == (0, 0, 0xFFFF888000001000)
-    assert mtree_load(memory.prog, layout, 0xFFFF888000001000, 1) == 0
+        assert tree.mtree_load(index) == entry
+    single = MapleTree(memory.prog, layout, 0xFFFF888000001000)
+    assert single.mas_walk(0) == (0, 0, 0xFFFF888000001000)
+    assert single.mtree_load(1) == 0
 
 
 def test_look_up_in_a_damaged_tree_ends():
@@ -126,9 +127,12 @@ def test_look_up_in_a_damaged_tree_ends():
     # Its own child, for ever.
     memory.put(0x1000, node([MAX], [root(0x1000, ARANGE)], ARANGE))
     with pytest.raises(MapleError, match="deeper"):
-        mtree_load(memory.prog, make_layout(), root(0x1000, ARANGE), 5)
+        MapleTree(memory.prog, make_layout(), root(0x1000, ARANGE)).mtree_load(5)
     with pytest.raises(MapleError, match="cannot be read"):
-        mtree_load(memory.prog, make_layout(), root(0x5000, ARANGE), 5)
+        MapleTree(memory.prog, make_layout(), root(0x5000, ARANGE)).mtree_load(5)
     memory.put(0x6000, node([9, 4], [0xA00, 0xB00, 0xC00], LEAF))
+    tree = MapleTree(memory.prog, make_layout(), root(0x6000, LEAF))
     with pytest.raises(MapleError, match="out of order"):
-        mtree_load(memory.prog, make_layout(), root(0x6000, LEAF), 11)
+        tree.mtree_load(11)
+    # What comes before the damage is as good as in a list of all entries.
+    assert tree.mtree_load(9) == 0xA00

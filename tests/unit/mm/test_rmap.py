@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 import pytest
 
-from kvirt.mm.rmap import for_each_avc
-from kvirt.mm.vma import read_vma
+from kvirt.mm.rmap import Records
 from tests.unit.fake import Memory, make_layout
 
 LAYOUT = make_layout()
@@ -25,7 +24,7 @@ def chain(first_next, second_prev=FIRST + NEXT, tail=SECOND + NEXT, head=FIRST +
         SECOND,
         {"vma": VMA, "anon_vma": 0xB0, "same_vma_next": HEAD, "same_vma_prev": second_prev},
     )
-    return for_each_avc(memory.prog, LAYOUT, read_vma(memory.prog, LAYOUT, VMA))
+    return Records(memory.prog, LAYOUT).chains[VMA]
 
 
 def test_sound_chain():

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Kernel memory as one pass over it sees it: each page is read once, whatever is taken from it.
+
+VMAs, AVCs, anon_vmas and maple nodes lie side by side in slabs, so one read serves dozens of them. A reader
+with small reads pays for each of them, and while a kernel runs sees neighbours at different times.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import drgn
+
+# Bytes read at once: no kernel has smaller pages.
+_PAGE = 4096
+# Pages that are kept. When there are more, all are read anew: it only takes longer.
+_PAGES_MAX = 1 << 13
+
+
+class Readable(Protocol):
+    """What kernel memory can be read from: a program, or a snapshot of it."""
+
+    def read(self, address: int, size: int, /) -> bytes:
+        """Read virtual memory.
+
+        :raises drgn.FaultError: if it cannot be read
+        """
+
+
+class Snapshot:
+    """Pages of one program's memory.
+
+    Nothing in it becomes newer: whoever wants to read again takes a new one.
+    """
+
+    def __init__(self, prog: drgn.Program) -> None:
+        self._prog = prog
+        self._pages: dict[int, bytes] = {}
+
+    def read(self, address: int, size: int, /) -> bytes:
+        """Read virtual memory.
+
+        :raises drgn.FaultError: if it cannot be read
+        """
+        at = address & (_PAGE - 1)
+        page = self._pages.get(address - at)
+        if page is None:
+            page = self._load(address - at)
+        data = page[at : at + size]
+        if len(data) != size:
+            # It reaches into the next page, or a part of the page cannot be read.
+            data = self._prog.read(address, size)
+        return data
+
+    def _load(self, start: int) -> bytes:
+        if len(self._pages) >= _PAGES_MAX:
+            self._pages.clear()
+        try:
+            page: bytes = self._prog.read(start, _PAGE)
+        except (drgn.FaultError, OverflowError):
+            page = b""
+        self._pages[start] = page
+        return page

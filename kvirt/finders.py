@@ -31,6 +31,8 @@ FINDER = "btf"
 _DEEP = 128
 # More than anybody loads.
 _MODULES_MAX = 1 << 14
+# Symbols of the same address, and the lines of so many.
+_ALIASES, _ALIASES_BYTES = 64, 64 * 100
 # What a kernel's BTF can be at most, in bytes; Debian's are 5 MiB.
 _BTF_MAX = 1 << 28
 
@@ -248,10 +250,18 @@ class _ProcKallsyms:
         # Those of modules have "[module]" behind their names.
         wanted, at = f" {name}\n".encode(), -1
         while (at := self._text.find(wanted, at + 1)) >= 0:
-            address, letter = self._text[self._text.rindex(b"\n", 0, at) + 1 : at].decode().split(" ")
+            address, letter = self._text[self._text.rindex(b"\n", 0, at) + 1 : at].split(b" ")
             binding = drgn.SymbolBinding.GLOBAL if letter.isupper() else drgn.SymbolBinding.LOCAL
-            kind = drgn.SymbolKind.FUNC if letter in "tT" else drgn.SymbolKind.OBJECT
-            yield drgn.Symbol(name, int(address, 16), 0, binding, kind)
+            kind = drgn.SymbolKind.FUNC if letter in b"tT" else drgn.SymbolKind.OBJECT
+            start = int(address, 16)
+            yield drgn.Symbol(name, start, self._next(at + len(wanted), start) - start, binding, kind)
+
+    def _next(self, at: int, address: int) -> int:
+        """Address of the first symbol from a line on that lies higher: they are sorted, but for modules."""
+        for line in islice(self._text[at : at + _ALIASES_BYTES].split(b"\n"), _ALIASES):
+            if (behind := int(line.partition(b" ")[0] or b"0", 16)) > address:
+                return behind
+        return address
 
     def __bool__(self) -> bool:
         """Whether it has addresses: they are 0 for those that kptr_restrict keeps them from, root too."""

@@ -359,37 +359,51 @@ def swap_type_names(max_swapfiles: int, hwpoison: bool) -> tuple[str, ...]:
 
     From MAX_SWAPFILES upwards: hwpoison (1, with memory failure handling), migration (3), device-private
     (2) and device-exclusive (1; 2 before 6.15) if there are device pages, and the PTE marker as the last.
+    From 5.19 to 6.1 an error of swapping in was a type of its own behind that, and is no page either.
     """
     total = 1 << 5
     names = ["swap"] * max_swapfiles
     if hwpoison:
         names.append("hwpoison")
     names += ["migration"] * 3
-    devices = total - 1 - len(names)
-    if devices:
-        names += ["device-private"] * 2 + ["device-exclusive"] * (devices - 2)
-    names.append("marker")
-    if len(names) != total or devices not in (0, 3, 4):
+    # The types that are left are those of devices, of which there are 0, 3 or 4, and one marker or two.
+    devices, markers = {1: (0, 1), 2: (0, 2), 4: (3, 1), 5: (4, 1), 6: (4, 2)}.get(total - len(names), (0, 0))
+    if markers == 0:
         raise KvirtError(
             f"This kernel has {max_swapfiles} swap types, which this version of kvirt does not know "
             "how to read; please report its version."
         )
-    return tuple(names)
+    if devices:
+        names += ["device-private"] * 2 + ["device-exclusive"] * (devices - 2)
+    return (*names, *["marker"] * markers)
 
 
 def _max_swapfiles(prog: drgn.Program, hwpoison: bool) -> int:
-    """MAX_SWAPFILES: the length of swap_info[], or what is left by the types that are no swap areas."""
+    """MAX_SWAPFILES: the length of swap_info[].
+
+    :raises KvirtError: if it cannot be told
+    """
     swap_info = _variable(prog, "swap_info")
-    if swap_info is not None and swap_info.type_.length:
+    if swap_info is None:
+        # Without CONFIG_SWAP there are no swap entries proper; migration entries still exist.
+        return 32 - 4 - hwpoison
+    if swap_info.type_.length:
         return int(swap_info.type_.length)
-    # Without CONFIG_SWAP there are no swap entries proper, and BTF does not tell the length. mm/rmap.c has
-    # these with CONFIG_DEVICE_PRIVATE; the first, until 6.15, made entries of two types.
+    # Without debug information: the symbol's size, which is at least that. mm/rmap.c has these functions with
+    # CONFIG_DEVICE_PRIVATE; the first, until 6.15, made entries of two types.
     devices = 0
     if _has_function(prog, "make_device_exclusive_range"):
         devices = 4
     elif _has_function(prog, "make_device_exclusive"):
         devices = 3
-    return 32 - 4 - hwpoison - devices
+    most = 32 - 4 - hwpoison - devices
+    for length in (most, most - 1):
+        if prog.symbol("swap_info").size // 8 == length:
+            return length
+    raise KvirtError(
+        f"The swap types of this kernel cannot be told without its debug information (swap_info[] has "
+        f"{prog.symbol('swap_info').size} bytes): give its vmlinux with --symbols, and report its version."
+    )
 
 
 def _maple(prog: drgn.Program) -> MapleLayout:

@@ -32,6 +32,8 @@ fi
 for device in /sys/class/bdi/0:*; do
 	echo 4096 >"$device/read_ahead_kb"
 done
+# The host talks to the agent through it.
+[ -d /sys/class/virtio-ports ] || modprobe -q virtio_console
 # Hands VMCOREINFO to QEMU, for dumps and for debuggers on the host.
 [ -d /sys/firmware/qemu_fw_cfg ] || modprobe -q qemu_fw_cfg
 ip link set lo up 2>/dev/null

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from kvirt.errors import KvirtError
-from kvirt.lab import apt, defaults, headers, host
+from kvirt.lab import apt, defaults, headers, host, initramfs
 from kvirt.lab.cache import built, cache_dir, locked
 from kvirt.lab.progress import Report, silent, step
 
@@ -43,6 +43,8 @@ class Kernel:
     """The same kernel with debug information."""
     modules: Path | None = None
     """What the guest has as ``/lib/modules/RELEASE``."""
+    initramfs: Path | None = None
+    """What it starts with, if it cannot mount the guest's root by itself."""
 
     @classmethod
     def from_files(cls, image: Path, vmlinux: Path | None) -> Kernel:
@@ -118,7 +120,7 @@ def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, updat
     With ``update`` the mirror is asked for a newer one even if the cache has a match.
     """
     cached = None if update else newest(pattern, _cached())
-    if cached is not None and headers.has_headers(_modules(cached.release)):
+    if cached is not None and _is_whole(cached.release):
         return _load(cached.release)
     with locked("kernels"):
         # Another kvirt may have fetched it while this one waited.
@@ -130,6 +132,8 @@ def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, updat
         modules = _modules(cached.release)
         if not headers.has_headers(modules):
             headers.fetch_headers(apt.Suite(cached.suite), cached.release, modules, report)
+        if initramfs.is_needed(modules) and not _initramfs(cached.release).exists():
+            initramfs.build(modules, _initramfs(cached.release), report)
         return _load(cached.release)
 
 
@@ -149,9 +153,20 @@ def _modules(release: str) -> Path:
     return _directory(release) / "modules"
 
 
+def _initramfs(release: str) -> Path:
+    return _directory(release) / "initramfs.cpio"
+
+
+def _is_whole(release: str) -> bool:
+    """Whether everything that a kernel is booted with is in the cache."""
+    modules = _modules(release)
+    return headers.has_headers(modules) and (_initramfs(release).exists() or not initramfs.is_needed(modules))
+
+
 def _load(release: str) -> Kernel:
-    directory = _directory(release)
-    return Kernel(release, directory / "vmlinuz", directory / "vmlinux", _modules(release))
+    directory, modules = _directory(release), _modules(release)
+    early = _initramfs(release) if initramfs.is_needed(modules) else None
+    return Kernel(release, directory / "vmlinuz", directory / "vmlinux", modules, early)
 
 
 def _find(pattern: str, report: Report) -> Candidate:

@@ -157,6 +157,8 @@ class Machine:
         argv += ["-device", f"virtserialport,chardev=agent,name={agent.PORT}"]
         for share in shares:
             argv += share.qemu_arguments()
+        if spec.kernel.initramfs is not None:
+            argv += ["-initrd", str(spec.kernel.initramfs)]
         return [*argv, "-kernel", str(spec.kernel.image), "-append", self._command_line()]
 
     def _command_line(self) -> str:

@@ -154,6 +154,7 @@ def test_symbols_out_of_proc_kallsyms():
         b"0000000000000000 A fixed_percpu_data\n"
         b"ffffffff81000000 T _stext\n"
         b"ffffffff81000010 t copy\n"
+        b"ffffffff81000010 t alias\n"
         b"ffffffff81000020 T copy_vma\n"
         b"ffffffff81000030 d copy\n"
         b"ffffffffc0000000 t copy_vma\t[module]\n"
@@ -164,6 +165,8 @@ def test_symbols_out_of_proc_kallsyms():
     assert [s.address & 0xFF for s in finder(prog, "copy", None, False)] == [0x10, 0x30]
     (first,) = finder(prog, "copy", None, True)
     assert (first.address & 0xFF, first.kind) == (0x10, drgn.SymbolKind.FUNC)
+    # The next one tells how large it may be.
+    assert first.size == 0x10
     (whole,) = finder(prog, "copy_vma", None, False)
     assert (whole.address, whole.binding) == (0xFFFFFFFF81000020, drgn.SymbolBinding.GLOBAL)
     assert finder(prog, "vma", None, False) == []

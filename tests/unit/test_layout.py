@@ -68,6 +68,20 @@ def test_swap_types(max_swapfiles, hwpoison, devices):
     assert (names[max_swapfiles] == "hwpoison") is hwpoison
 
 
+def test_errors_of_swapping_in_had_a_type():
+    # 6.1 of Debian's cloud flavour: neither memory failure handling nor devices.
+    names = swap_type_names(27, False)
+    assert names[26:] == ("swap", *["migration"] * 3, "marker", "marker")
+    assert swap_type_names(22, True)[22:] == (
+        "hwpoison",
+        *["migration"] * 3,
+        *["device-private"] * 2,
+        *["device-exclusive"] * 2,
+        "marker",
+        "marker",
+    )
+
+
 def test_impossible_swap_types_are_refused():
     with pytest.raises(KvirtError, match="30 swap types"):
         swap_type_names(30, True)

@@ -21,10 +21,14 @@ class ProgramHeader:
     type: int
     offset: int
     """Of its bytes in the file."""
+    virtual: int
+    """Address of them for the kernel (``p_vaddr``); whoever wrote the core may not have known it."""
     physical: int
     """Address of them in memory (``p_paddr``)."""
     size: int
     """Bytes in the file (``p_filesz``)."""
+    memory: int
+    """Bytes in memory (``p_memsz``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ def read_elf_core(path: Path) -> ElfCore | None:
         needed = phoff + phentsize * phnum
     else:
         for at in range(0, len(table), phentsize):
-            type_, _, offset, _, physical, size, _ = struct.unpack_from(order + _PHDR[1:], table, at)
-            headers.append(ProgramHeader(type_, offset, physical, size))
-            needed = max(needed, offset + size)
+            type_, _, *members = struct.unpack_from(order + _PHDR[1:], table, at)
+            program_header = ProgramHeader(type_, *members)
+            headers.append(program_header)
+            needed = max(needed, program_header.offset + program_header.size)
     return ElfCore(headers if phnum != PN_XNUM else [], needed, order == "<")

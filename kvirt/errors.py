@@ -5,8 +5,16 @@
 class KvirtError(Exception):
     """Wrong usage or environment: one sentence that says what is wrong and what to do next.
 
-    The command line prints it on stderr and exits with status 2.
+    The command line prints it on stderr and exits with :attr:`status`.
     """
+
+    status = 2
+
+
+class FilteredError(KvirtError):
+    """What was asked for was left out of the dump: nothing is known of it, and nothing is wrong with it."""
+
+    status = 3
 
 
 def printable(text: str, keep: str = "") -> str:

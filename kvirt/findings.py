@@ -159,10 +159,15 @@ class Report:
         self._kept[finding.severity].append(finding)
         return True
 
-    def note_incomplete(self, sentence: str) -> None:
-        """Count a sentence about what could not be checked, and keep it if there is room."""
+    def note_incomplete(self, sentence: str, *, first: bool = False) -> None:
+        """Count a sentence about what could not be checked, and keep it if there is room.
+
+        :param first: whether it explains the others: then it is kept before them, room or not
+        """
         self.incomplete_count += 1
-        if len(self.incomplete) < self.max_findings:
+        if first:
+            self.incomplete.insert(0, sentence)
+        elif len(self.incomplete) < self.max_findings:
             self.incomplete.append(sentence)
 
     def findings(self) -> list[Finding]:

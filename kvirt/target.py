@@ -17,6 +17,7 @@ import drgn
 
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
+from kvirt.filtered import mark_filtered
 from kvirt.finders import use_btf
 from kvirt.layout import check_architecture
 from kvirt.memory import map_core
@@ -97,6 +98,7 @@ def _open_core(path: Path) -> drgn.Program:
             prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
             prog.set_core_dump(path)
         map_core(prog, path)
+        mark_filtered(prog, path)
         return prog
     except FileNotFoundError:
         raise KvirtError(f"{path} does not exist: give --core the path of a vmcore.") from None

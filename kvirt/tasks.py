@@ -9,6 +9,7 @@ import drgn
 from drgn.helpers.linux.pid import find_task, pid_task
 
 from kvirt.errors import KvirtError
+from kvirt.filtered import filtered_error, is_filtered
 from kvirt.layout import PF_KTHREAD
 from kvirt.mm.xarray import xa_for_each
 
@@ -45,7 +46,8 @@ class Processes:
 def find_process(prog: drgn.Program, pid: int) -> Process:
     """Find a process by the PID that the initial namespace gives it.
 
-    :raises KvirtError: if there is none, or it has no address space
+    :raises KvirtError: if there is none, or it has no address space; the FilteredError among them if the way
+        to it was left out of the dump
     """
     try:
         task = find_task(prog, pid)
@@ -53,6 +55,8 @@ def find_process(prog: drgn.Program, pid: int) -> Process:
             raise KvirtError(f"There is no process with PID {pid}: look for it with ps.")
         comm, flags, mm = _comm(task), task.flags.value_(), task.mm.value_()
     except drgn.FaultError as error:
+        if is_filtered(error):
+            raise filtered_error(prog, f"PID {pid} cannot be looked up", error) from None
         raise KvirtError(
             f"PID {pid} cannot be looked up ({error}): the dump may lack these pages, or the process just "
             "exited; name another one."

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvirt.checks import patience
 from kvirt.checks.registry import Check, Violation
+from kvirt.filtered import is_filtered
 from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
@@ -61,6 +62,8 @@ class Forest:
         # What was told of families that had to be read again, because damage hid some of their VMAs.
         self._told: set[_Key] = set()
         self._told_latest: set[_Key] = set()
+        self.filtered = 0
+        """Families of the latest process that were not judged: a part of them was left out of the dump."""
         self.unsound: dict[int, AnonTree] = {}
         """Trees in which the kernel may not find what is there, by anon_vma. Kept, for there are few."""
 
@@ -81,11 +84,18 @@ class Forest:
         records = None if self._moves else space.records
         self._latest = []
         self._told_latest = set()
+        self.filtered = 0
         for root, vmas in members.items():
             known = self._done.get(root)
             if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
                 continue
-            family, violations, settled = self._check_family(root, vmas, records)
+            try:
+                family, violations, settled = self._check_family(root, vmas, records)
+            except drgn.FaultError as error:
+                if not is_filtered(error):
+                    raise
+                self.filtered += 1
+                continue
             quiet &= settled
             found += violations
             if family.shared():

@@ -14,6 +14,7 @@ from kvirt.checks.process import ProcessChecker
 from kvirt.checks.sorting import HWPOISON
 from kvirt.checks.task import check_task
 from kvirt.errors import KvirtError
+from kvirt.filtered import is_filtered, why_filtered
 from kvirt.findings import MAX_FINDINGS, Report, TaskReport
 from kvirt.layout import Layout
 from kvirt.tasks import Process, find_process, for_each_process
@@ -77,6 +78,8 @@ class MachineChecker:
             checker = ProcessChecker(self.prog, self.layout, moves=self.moves, watch=mapcounts.add)
         processes = for_each_process(self.prog, moves=self.moves)
         then = "try again" if self.moves else "the dump may lack memory, or it is damaged"
+        if any(map(is_filtered, processes.troubles)):
+            then = "the dump lacks memory"
         for trouble in processes.troubles:
             report.note_incomplete(
                 f"The table of PIDs cannot be followed, and processes may be missing: {trouble}; {then}."
@@ -108,6 +111,9 @@ class MachineChecker:
             progress(so_far)
         if mapcounts is not None:
             self._add_mapcounts(report, mapcounts, {p.pid: p.comm for p in processes.found})
+        why = why_filtered(self.prog, report.incomplete)
+        if why is not None:
+            report.note_incomplete(why, first=True)
 
     def _add_mapcounts(self, report: Report, mapcounts: FolioMapcounts, comms: dict[int, str]) -> None:
         for finding in mapcounts.findings():

@@ -13,6 +13,7 @@ from drgn.helpers.linux.cpumask import for_each_online_cpu
 from drgn.helpers.linux.sched import cpu_curr
 
 from kvirt.checks.registry import PageBatch, machine_check, within_hugetlb
+from kvirt.filtered import is_filtered
 from kvirt.findings import Finding, Severity
 from kvirt.layout import Layout
 from kvirt.mm.arrays import each
@@ -270,9 +271,9 @@ class FolioMapcounts:
             try:
                 root = read_anon_vma(self.prog, self.layout, anon_vma).root
                 family = read_family(self.prog, self.layout, root, ())
-            except drgn.FaultError:
+            except drgn.FaultError as error:
                 # Damage: FOLIO-ANON-VMA has its say on it.
-                hidden[anon_vma] = False
+                hidden[anon_vma] = is_filtered(error)
             else:
                 hidden[anon_vma] = any(vma.vm_mm not in self._mms for vma in family.vmas.values())
         return hidden[anon_vma]

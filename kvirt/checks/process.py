@@ -23,6 +23,7 @@ from kvirt.checks.registry import (
     all_checks,
 )
 from kvirt.checks.sorting import DOUBTS, Sorter
+from kvirt.filtered import is_filtered
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
@@ -73,6 +74,8 @@ class _Pass:
     overflow: int = 0
     """Base pages objected to beyond HITS_MAX."""
     troubles: WalkTroubles = field(default_factory=WalkTroubles)
+    filtered: int = 0
+    """Checks of VMAs that were given up, since something was left out of the dump."""
     unreadable: str | None = None
     """Why the page tables could not be walked, if they could not."""
 
@@ -234,10 +237,15 @@ class ProcessChecker:
         def note(check: Check, at: int, context: VmaContext | None, found: list[Violation]) -> None:
             # Numbered at each place, so that another's coming or going does not rename it.
             numbers: Counter[int] = Counter()
-            for violation in found:
-                where = at or violation.address or 0
-                into.violations[check.id, where, numbers[where]] = (check, context, violation)
-                numbers[where] += 1
+            try:
+                for violation in found:
+                    where = at or violation.address or 0
+                    into.violations[check.id, where, numbers[where]] = (check, context, violation)
+                    numbers[where] += 1
+            except drgn.FaultError as error:
+                if not is_filtered(error):
+                    raise
+                into.filtered += 1
 
         files = FileTrees(self.prog, self.layout, moves=self.moves)
         for check, whole in self._mm_checks:
@@ -338,6 +346,16 @@ class ProcessChecker:
         space = first.space
         if space.broken_tree is not None and self.moves:
             note("its VMAs changed all the time while they were listed, so some may be missing: try again")
+        if first.filtered:
+            note(
+                f"{first.filtered} checks of its VMAs were not done, because the dump lacks parts of the "
+                "trees that they are in"
+            )
+        if self._forest.filtered:
+            note(
+                f"{self._forest.filtered} of the families of its anon_vmas were not checked, because the "
+                "dump lacks parts of them"
+            )
         if first.unreadable is not None:
             note(f"its page tables cannot be read ({first.unreadable}), so no more pages were checked")
         tables = first.troubles.unreadable

@@ -10,6 +10,7 @@ import drgn
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.errors import KvirtError
+from kvirt.filtered import filtered_error, is_filtered
 from kvirt.findings import TaskReport, VmaRow
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.vma import VmaNames, vma_kind
@@ -38,6 +39,8 @@ def list_vmas(checker: ProcessChecker, process: Process) -> tuple[AddressSpace, 
         fault = error
     if checker.moves and _is_gone(checker.prog, process):
         raise KvirtError(f"{who} exited or called exec while it was read: name another process.")
+    if fault is not None and is_filtered(fault):
+        raise filtered_error(checker.prog, f"The memory map of {who} cannot be read", fault)
     if fault is not None:
         raise KvirtError(
             f"The memory map of {who} cannot be read ({fault}): the dump may lack it; name another process."
@@ -74,6 +77,10 @@ def check_task(
         report.vmas = []
         report.gone = True
         report.incomplete.append(f"{who} exited or called exec while it was read.")
+    elif fault is not None and is_filtered(fault):
+        report.incomplete.append(
+            f"{who} was not checked, because the dump lacks parts of its memory map ({fault})."
+        )
     elif fault is not None:
         report.incomplete.append(f"{who}: its memory map cannot be read ({fault}).")
     else:

@@ -135,7 +135,7 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
     except KvirtError as error:
         print(f"kvirt: {printable(str(error), keep=chr(10))}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain once more while flushing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,6 +16,7 @@ from kvirt.cli.common import (
     say_incomplete,
     strict_option,
 )
+from kvirt.filtered import why_filtered
 from kvirt.findings import Report
 from kvirt.render.json import check_document
 from kvirt.render.table import check_table
@@ -46,6 +47,10 @@ def command(
     report = Report(max_findings)
     with page_progress() as progress:
         tasks = [check_task(checker, process, progress) for process in processes]
+    doubtful = [task for task in tasks if task.incomplete]
+    why = why_filtered(target.prog, [sentence for task in doubtful for sentence in task.incomplete])
+    if why is not None:
+        doubtful[0].incomplete.insert(0, why)
     for task in tasks:
         report.add(task)
     if format_ == "json":

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import drgn
 
+from kvirt.filtered import damage_only
 from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.file import File, read_file
 from kvirt.mm.maple import MapleError, MapleTree, mt_for_each
@@ -74,6 +75,7 @@ def _add_anon_vma(space: AddressSpace, address: int) -> None:
     try:
         space.anon_vmas[address] = space.records.anon_vmas[address]
     except drgn.FaultError as error:
+        damage_only(error)
         space.unreadable[address] = str(error)
 
 
@@ -127,8 +129,8 @@ def read_address_space(
 
     :param mm: address of the ``struct mm_struct``
     :param at: if given, only the VMAs at these addresses
-    :raises drgn.FaultError: if the mm_struct itself cannot be read; everything else that cannot be read
-        or followed is recorded
+    :raises drgn.FaultError: if the mm_struct itself cannot be read, or if something was left out of the dump;
+        everything else that cannot be read or followed is recorded
     """
     memory = Snapshot(prog)
     m = layout.mm.read(memory, mm)
@@ -151,7 +153,8 @@ def read_address_space(
         for first, last, entry in _entries(memory, layout, m["ma_root"], at):
             try:
                 vma = space.records.vmas[entry]
-            except drgn.FaultError:
+            except drgn.FaultError as error:
+                damage_only(error)
                 space.broken_tree = f"the entry for {first:#x} points to {entry:#x}, which cannot be read"
                 continue
             space.entries.append(MmEntry(first, last, vma))

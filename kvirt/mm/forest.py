@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import drgn
 
+from kvirt.filtered import damage_only
 from kvirt.layout import RWSEM_LOCK_MASK, RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.interval_tree import Interval, RbNode, Root, TreeError, in_order
 from kvirt.mm.maple import MapleError, MapleTree
@@ -110,7 +111,8 @@ class _Reader:
             return
         try:
             anon_vma = self.records.anon_vmas[address]
-        except drgn.FaultError:
+        except drgn.FaultError as error:
+            damage_only(error)
             # A chain that leads there is damage, which AVC-SELF reports.
             self.strangers.add(address)
             return
@@ -127,7 +129,8 @@ class _Reader:
             return family.vmas[address]
         try:
             vma = self.records.vmas[address]
-        except drgn.FaultError:
+        except drgn.FaultError as error:
+            damage_only(error)
             return None
         family.vmas[address] = vma
         chain = family.chains[address] = self.records.chains[address]
@@ -159,7 +162,8 @@ class _Reader:
     def read_node(self, address: int) -> RbNode:
         try:
             return self.records.avcs[address].rb
-        except (drgn.FaultError, OverflowError):
+        except (drgn.FaultError, OverflowError) as error:
+            damage_only(error)
             raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
 
     def read_tree(self, anon_vma: AnonVma) -> None:
@@ -175,10 +179,14 @@ class _Reader:
 
 
 def read_mm_state(memory: Readable, layout: Layout, address: int) -> MmState | None:
-    """The state of a ``struct mm_struct``, None if it cannot be read."""
+    """The state of a ``struct mm_struct``, None if it cannot be read.
+
+    :raises drgn.FaultError: if it was left out of the dump
+    """
     try:
         m = layout.mm.read(memory, address)
-    except drgn.FaultError:
+    except drgn.FaultError as error:
+        damage_only(error)
         return None
     count = m.get("mmap_lock_count")
     locked = bool((count or 0) & RWSEM_WRITER_LOCKED)
@@ -194,6 +202,7 @@ def read_family(
     :param root: address of the root ``struct anon_vma``
     :param members: addresses of VMAs known to be in it, whether or not its trees have them
     :param known: what has been read already, where nothing changes meanwhile
+    :raises drgn.FaultError: if a part of it was left out of the dump
     """
     memory = Snapshot(prog) if known is None else known.memory
     reader = _Reader(layout, root, Records(memory, layout, known))

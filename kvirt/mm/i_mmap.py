@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import drgn
 
+from kvirt.filtered import damage_only
 from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.interval_tree import (
     RbNode,
@@ -77,6 +78,7 @@ class FileTrees:
         """Find a VMA in the tree.
 
         :param mapping: address of the ``struct address_space`` of its file
+        :raises drgn.FaultError: if a part of the tree was left out of the dump
         """
         place = self._read(vma, mapping)
         if not self._moves:
@@ -101,7 +103,8 @@ class FileTrees:
             self._nodes.clear()
         try:
             data = prog.read(mapping, layout.mapping.size)
-        except drgn.FaultError:
+        except drgn.FaultError as error:
+            damage_only(error)
             return FilePlace(lost=f"its file's mapping {mapping:#x} cannot be read")
         m = layout.mapping.decode(data)
         locked = bool(m.get("rwsem_count", 0) & RWSEM_WRITER_LOCKED)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import drgn
 
+from kvirt.filtered import damage_only
 from kvirt.layout import TreeLayout
 from kvirt.snapshot import Readable
 
@@ -89,10 +90,12 @@ def read_node(memory: Readable, tree: TreeLayout, address: int) -> RbNode:
     """Read the node in the structure at an address.
 
     :raises TreeError: if it cannot be read
+    :raises drgn.FaultError: if it was left out of the dump
     """
     try:
         data = memory.read(address + tree.rb, tree.span)
-    except (drgn.FaultError, OverflowError):
+    except (drgn.FaultError, OverflowError) as error:
+        damage_only(error)
         raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
     return decode_node(tree, data, 0)
 

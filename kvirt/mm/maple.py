@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import drgn
 
+from kvirt.filtered import damage_only
 from kvirt.layout import Layout
 from kvirt.snapshot import Readable
 
@@ -51,6 +52,7 @@ def _read_node(memory: Readable, layout: Layout, entry: int, max_index: int) -> 
     try:
         data = memory.read(address, maple.node_words * 8)
     except drgn.FaultError as error:
+        damage_only(error)
         raise MapleError(f"maple node {address:#x} cannot be read ({error})") from None
     words = struct.unpack(f"<{maple.node_words}Q", data)
     # ma_dead_node(): a node that was replaced is its own parent.

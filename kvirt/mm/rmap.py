@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import drgn
 
+from kvirt.filtered import damage_only
 from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.interval_tree import RbNode, Root, decode_node, decode_root
 from kvirt.mm.vma import Vma, read_vma
@@ -154,6 +155,7 @@ def for_each_avc(avcs: Mapping[int, AnonVmaChain], layout: Layout, vma: Vma) -> 
     """Follow ``vma->anon_vma_chain``. A damaged list ends with what was read and the reason.
 
     :param avcs: from :class:`Records`
+    :raises drgn.FaultError: if a part of it was left out of the dump
     """
     head = vma.address + layout.vma.offset("chain_next")
     link_offset = layout.avc.offset("same_vma_next")
@@ -168,7 +170,8 @@ def for_each_avc(avcs: Mapping[int, AnonVmaChain], layout: Layout, vma: Vma) -> 
         seen.add(node)
         try:
             link = avcs[max(node - link_offset, 0)]
-        except drgn.FaultError:
+        except drgn.FaultError as error:
+            damage_only(error)
             return Chain(tuple(links), f"the chain leads to {node:#x}, which cannot be read")
         if link.same_vma_prev != previous:
             # Not a link of this list: either damage, or memory that was freed meanwhile.

@@ -21,7 +21,10 @@ def test_where_memory_is(tmp_path, order):
     path = tmp_path / "core"
     path.write_bytes(elf([(4, 0x158, 0, 20), (PT_LOAD, 0x14A4, 0x100000, 0x5000)], order=order))
     core = read_elf_core(path)
-    assert core.headers == [ProgramHeader(4, 0x158, 0, 20), ProgramHeader(PT_LOAD, 0x14A4, 0x100000, 0x5000)]
+    assert core.headers == [
+        ProgramHeader(4, 0x158, 0xBAD, 0, 20, 20 + 4096),
+        ProgramHeader(PT_LOAD, 0x14A4, 0xBAD, 0x100000, 0x5000, 0x6000),
+    ]
     assert core.needed == 0x14A4 + 0x5000
     assert core.little_endian == (order == "<")
 

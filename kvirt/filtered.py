@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Pages that were left out of a dump on purpose, and how they are told from damage.
+
+makedumpfile leaves out what its dump level says: zeros, page cache, user data, free pages. kvirt needs none
+of these. But a makedumpfile that is older than the kernel takes some of the kernel's own memory for such, and
+a list that leads there is not broken.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import drgn
+
+from kvirt.elfcore import PT_LOAD, read_elf_core
+from kvirt.errors import FilteredError
+
+_CACHE_KEY = "kvirt.filtered"
+# What libkdumpfile says of a page that a kdump-compressed dump does not have (KDUMP_ERR_NODATA); here it is
+# said of those that an ELF dump does not have, too.
+_EXCLUDED = "Excluded page"
+# makedumpfile's level for all zeros and nothing else.
+_ZEROS = 1
+
+_SIGNATURE = b"KDUMP   "
+# struct disk_dump_header, struct kdump_sub_header, struct makedumpfile_header and struct
+# makedumpfile_data_header (makedumpfile: IMPLEMENTATION, diskdump_mod.h, makedumpfile.h).
+_BLOCK_SIZE_AT = 428
+_DUMP_LEVEL_AT = 8
+_FLATTENED = b"makedumpfile\0"
+_FLATTENED_HEADER = 4096
+_RECORD = ">qq"
+# The headers are in the first of them.
+_RECORDS_MAX = 16
+_BLOCK_MAX = 1 << 20
+
+
+@dataclass(frozen=True)
+class Filtering:
+    """What was left out of a dump."""
+
+    level: int | None
+    """makedumpfile's dump level; None if the file does not say it."""
+    gaps: bool
+    """Whether it is an ELF dump that lacks some of the memory that it describes."""
+
+
+class _Flattened:
+    """The beginning of a flattened dump, as it will be when it has been reassembled."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._parts: list[tuple[int, bytes]] = []
+        file.seek(_FLATTENED_HEADER)
+        for _ in range(_RECORDS_MAX):
+            head = file.read(struct.calcsize(_RECORD))
+            if len(head) < struct.calcsize(_RECORD):
+                break
+            offset, size = struct.unpack(_RECORD, head)
+            if offset < 0 or size < 0:
+                break
+            self._parts.append((offset, file.read(min(size, _BLOCK_MAX))))
+
+    def read(self, at: int, size: int) -> bytes:
+        for offset, data in reversed(self._parts):
+            if offset <= at and at + size <= offset + len(data):
+                return data[at - offset : at - offset + size]
+        return b""
+
+
+class _Plain:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, at: int, size: int) -> bytes:
+        self._file.seek(at)
+        return self._file.read(size)
+
+
+def read_dump_level(path: Path) -> int | None:
+    """makedumpfile's dump level of a kdump-compressed core, flattened or not; None if it is no such core."""
+    with path.open("rb") as file:
+        flattened = file.read(len(_FLATTENED)) == _FLATTENED
+        core = _Flattened(file) if flattened else _Plain(file)
+        if core.read(0, len(_SIGNATURE)) != _SIGNATURE:
+            return None
+        block = core.read(_BLOCK_SIZE_AT, 4)
+        size = int.from_bytes(block, "little")
+        level = core.read(size + _DUMP_LEVEL_AT, 4) if 0 < size <= _BLOCK_MAX else b""
+    return int.from_bytes(level, "little") if len(level) == 4 else None
+
+
+def mark_filtered(prog: drgn.Program, path: Path) -> None:
+    """Learn what was left out of a core; what an ELF core lacks becomes a fault to read, as in other cores.
+
+    makedumpfile -E makes segments that are larger in memory than in the file, be it for zeros or for what its
+    dump level says, and drgn would read zeros there.
+
+    :param path: what *prog* was opened with
+    """
+    if not path.is_file():
+        return
+    level = read_dump_level(path)
+    elf = read_elf_core(path)
+    loads = elf.headers if elf is not None else ()
+    gaps = [load for load in loads if load.type == PT_LOAD and load.memory > load.size]
+    for load in gaps:
+        size = load.memory - load.size
+        prog.add_memory_segment(load.physical + load.size, size, _refuse, physical=True)
+        # /proc/vmcore says where the kernel has it, and drgn reads it by that.
+        if load.virtual >> 63:
+            prog.add_memory_segment(load.virtual + load.size, size, _refuse)
+    prog.cache[_CACHE_KEY] = Filtering(level, bool(gaps))
+
+
+def _refuse(address: int, count: int, offset: int, physical: bool) -> bytes:
+    raise drgn.FaultError(_EXCLUDED, address)
+
+
+def is_filtered(fault: object) -> bool:
+    """Whether a fault, or a sentence that quotes one, is about a page that was left out of the dump."""
+    return _EXCLUDED in str(fault)
+
+
+def damage_only(fault: Exception) -> None:
+    """Raise a fault again if it is about a page that was left out: nothing is wrong with what leads there.
+
+    :param fault: what was caught; others than :class:`drgn.FaultError` are let pass
+    """
+    if is_filtered(fault):
+        raise fault
+
+
+def why_filtered(prog: drgn.Program, sentences: Iterable[str]) -> str | None:
+    """The sentence that says why pages are missing from a dump; None if there is no reason to say it.
+
+    :param sentences: what could not be checked
+    """
+    sentences = list(sentences)
+    filtering = prog.cache.get(_CACHE_KEY)
+    if not isinstance(filtering, Filtering) or not sentences:
+        return None
+    more = filtering.gaps or (filtering.level or 0) > _ZEROS
+    if not more and not any(map(is_filtered, sentences)):
+        return None
+    if filtering.gaps:
+        return (
+            "This ELF dump was filtered, and lacks pages that kvirt needs, which is no damage: it leaves out "
+            "zeros, and does not tell them from the kernel's memory that a makedumpfile older than the "
+            "kernel takes for user data or free; save the dump kdump-compressed (makedumpfile -d 1, without "
+            "-E)."
+        )
+    return (
+        f"This dump was filtered (makedumpfile's dump level {filtering.level}), and lacks pages that kvirt "
+        "needs, which is no damage: a makedumpfile that is older than the kernel takes some of the kernel's "
+        "memory for user data or free; save the dump with `makedumpfile -d 1`, which leaves out zeros alone, "
+        "or with a makedumpfile that knows this kernel."
+    )
+
+
+def filtered_error(prog: drgn.Program, what: str, fault: drgn.FaultError) -> FilteredError:
+    """The error for what cannot be done, because something was left out of the dump.
+
+    :param what: a sentence without its dot
+    """
+    said = f"{what}, because the dump lacks pages on the way to it ({fault})."
+    why = why_filtered(prog, [said])
+    return FilteredError(said if why is None else f"{said} {why}")

@@ -29,7 +29,12 @@ APPEND = {MODERN: "", LEGACY: "no5lvl"}
 # Fixtures by which a test needs the shared guest of the one kernel, and of the other.
 OF_GUESTS = ({"guest73", "phases73"}, {"legacy_guest", "phases_legacy"})
 # Tests with guests of their own, the longest first: nothing long should be left for the end.
-OWN_GUESTS = ("tests/live/test_storm.py", "tests/live/test_lab.py", "tests/live/test_gigantic.py")
+OWN_GUESTS = (
+    "tests/live/test_storm.py",
+    "tests/live/test_lab.py",
+    "tests/live/test_crash.py",
+    "tests/live/test_gigantic.py",
+)
 
 
 def pytest_addoption(parser):

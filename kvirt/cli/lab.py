@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 import textwrap
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from kvirt.lab.guest import Guest
     from kvirt.lab.kernels import Kernel
 
+WORKLOAD = ("kvirt", "lab", "workload", "--with", "hugetlb,ksm,swap")
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -167,16 +170,68 @@ def dump(argv: tuple[str, ...], output: Path, dump_format: str, **options: Any) 
     """
     with _guest(**options) as guest:
         if argv:
-            process = guest.popen(argv)
-            line = process.readline()
-            click.echo(textwrap.shorten(line, 200, placeholder=" ..."), err=True)
-            if not line:
-                raise KvirtError(
-                    f"{argv[0]} ended in the guest (exit status {process.wait()}) before it had "
-                    f"printed a line: {process.stderr_text().strip() or 'it gave no reason'}"
-                )
+            _start(guest, argv)
         guest.dump(output, dump_format)
         click.echo(f"core     {output}")
+        click.echo(f"vmlinux  {guest.kernel.vmlinux}")
+
+
+@command.command(context_settings={"ignore_unknown_options": True})
+@guest_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR|FILE")
+@click.option(
+    "-d",
+    "--dump-level",
+    "levels",
+    multiple=True,
+    default=defaults.DUMP_LEVELS,
+    show_default=True,
+    type=click.IntRange(0, 31),
+    help="What makedumpfile leaves out; repeatable.",
+)
+@click.option("--elf", is_flag=True, help="Save /proc/vmcore as it is, too.")
+@click.option(
+    "--compression",
+    default="lzo",
+    show_default=True,
+    type=click.Choice(list(defaults.COMPRESSIONS)),
+)
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+def crash(
+    argv: tuple[str, ...],
+    output: Path,
+    levels: tuple[int, ...],
+    elf: bool,
+    compression: str,
+    **options: Any,
+) -> None:
+    """Crash a fresh guest, and have a capture kernel save its memory (kdump).
+
+    COMMAND, the workload if none is named, is started first, and its first line of output waited for.
+    A single dump goes to a FILE, others into a DIR. Printed are the paths of the vmcores and of the
+    vmlinux to read them with.
+    """
+    from kvirt.lab import capture
+
+    saves = {f"vmcore-d{level}": capture.what(level, compression) for level in dict.fromkeys(levels)}
+    if elf:
+        saves["vmcore-elf"] = capture.ELF
+    into_file = len(saves) == 1 and not output.is_dir()
+    directory = output.parent if into_file else output
+    try:
+        directory.mkdir(exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".kvirt-crash-", dir=directory)
+    except OSError as error:
+        raise KvirtError(
+            f"Nothing can be written to {directory} ({error.strerror}): name a directory of your own."
+        ) from error
+    with scratch, _guest(**options, output=Path(scratch.name).absolute()) as guest:
+        _start(guest, argv or WORKLOAD)
+        saved = capture.crash(guest, list(saves.values()), guest.report)
+        for name, path in zip(saves, saved, strict=True):
+            target = output if into_file else directory / name
+            path.replace(target)
+            click.echo(f"core     {target}")
         click.echo(f"vmlinux  {guest.kernel.vmlinux}")
 
 
@@ -215,7 +270,13 @@ def _kernel(name: str, vmlinux: Path | None) -> Kernel:
 
 
 def _guest(
-    kernel_name: str, vmlinux: Path | None, memory: str, cpus: int, timeout: float, append: str
+    kernel_name: str,
+    vmlinux: Path | None,
+    memory: str,
+    cpus: int,
+    timeout: float,
+    append: str,
+    output: Path | None = None,
 ) -> Guest:
     from kvirt.lab.guest import Guest
     from kvirt.lab.progress import TerminalReport
@@ -226,8 +287,21 @@ def _guest(
         cpus=cpus,
         timeout=timeout,
         append=append,
+        output=output,
         report=TerminalReport(),
     )
+
+
+def _start(guest: Guest, argv: Sequence[str]) -> None:
+    """Start a command in a guest, and wait for its first line."""
+    process = guest.popen(argv)
+    line = process.readline()
+    click.echo(textwrap.shorten(line, 200, placeholder=" ..."), err=True)
+    if not line:
+        raise KvirtError(
+            f"{argv[0]} ended in the guest (exit status {process.wait()}) before it had "
+            f"printed a line: {process.stderr_text().strip() or 'it gave no reason'}"
+        )
 
 
 def _sink(stream: Any) -> Any:

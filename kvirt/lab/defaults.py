@@ -9,3 +9,6 @@ CPUS = 2
 TIMEOUT = 600.0
 # In QEMU's words; the kdump ones come flattened.
 DUMP_FORMATS = ("elf", "kdump-zlib", "kdump-lzo", "kdump-snappy")
+# What crashed guests are saved with, and makedumpfile's options for it; Debian's has no snappy.
+COMPRESSIONS = {"zlib": "c", "lzo": "l", "zstd": "z"}
+DUMP_LEVELS = (31, 1)

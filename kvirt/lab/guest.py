@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from kvirt.lab import accel, defaults, host, vmcore
+from kvirt.lab import accel, capture, defaults, host, vmcore
 from kvirt.lab.channel import Channel, GuestProcess, Sink
 from kvirt.lab.kernels import Kernel
 from kvirt.lab.machine import TAIL, GuestError, Machine, Specification
@@ -33,6 +33,8 @@ class Guest:
     :param memory: Its memory, as QEMU writes it. Less than 512M turns transparent huge pages off.
     :param timeout: Seconds after which the guest is ended, whatever it does.
     :param append: Words to add to the kernel's command line.
+    :param output: A directory for what :func:`kvirt.lab.capture.crash` saves. With it the guest sets memory
+        aside for a capture kernel.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Guest:
         cpus: int = defaults.CPUS,
         timeout: float = defaults.TIMEOUT,
         append: str = "",
+        output: Path | None = None,
         report: Report = silent,
     ) -> None:
         if re.fullmatch(r"\d+[MG]", memory) is None:
@@ -52,21 +55,29 @@ class Guest:
         self._memory = memory
         self._cpus = cpus
         self._timeout = timeout
-        self._append = append
-        self._report = report
+        self.output = output
+        self._append = append if output is None else f"{capture.RESERVED} {append}"
+        self.report = report
 
     def __enter__(self) -> Guest:
         host.require_root("A guest")
-        root = get_root(self._report)
-        self.accelerator = accel.accelerator(self.kernel.image, self._report)
+        root = get_root(self.report, () if self.output is None else capture.PACKAGES)
+        self.accelerator = accel.accelerator(self.kernel.image, self.report)
         spec = Specification(
-            self.kernel, root, self.accelerator, self._memory, self._cpus, self._timeout, self._append
+            self.kernel,
+            root,
+            self.accelerator,
+            self._memory,
+            self._cpus,
+            self._timeout,
+            self._append,
+            self.output,
         )
         for attempt in range(1, BOOT_ATTEMPTS + 1):
             if self._boot(spec, last=attempt == BOOT_ATTEMPTS):
                 break
         if not self._has_vmcoreinfo:
-            self._report(
+            self.report(
                 "The guest's kernel has no qemu_fw_cfg: dumps and debuggers outside the guest will lack "
                 "VMCOREINFO (build it in, CONFIG_FW_CFG_SYSFS=y)."
             )
@@ -149,7 +160,7 @@ class Guest:
                 f"The dump {path} cannot be written ({error.strerror}): "
                 "name a file in a directory that exists."
             ) from error
-        with step(self._report, f"Dumping the guest's memory to {path}", "dump"), target:
+        with step(self.report, f"Dumping the guest's memory to {path}", "dump"), target:
             try:
                 vmcore.write(self._qmp, target, format)
             except (QmpError, OSError) as error:
@@ -159,10 +170,18 @@ class Guest:
                 ) from error
         return path
 
+    def wait_end(self, mark: str) -> None:
+        """Wait until the guest has ended by itself.
+
+        :param mark: What its console must have said last.
+        :raises GuestError: if it has not, or if the guest's time is over
+        """
+        self._machine.wait_end(mark)
+
     def _boot(self, spec: Specification, *, last: bool) -> bool:
         """Boot; False means that the guest died of what another try may be spared."""
         emulated = "" if spec.accelerator == "kvm" else ", emulated"
-        with step(self._report, f"Booting Linux {self.kernel.release}{emulated}", "boot"):
+        with step(self.report, f"Booting Linux {self.kernel.release}{emulated}", "boot"):
             self._machine = Machine(spec)
             try:
                 self._channel = Channel(self._machine.agent, self._machine.death)
@@ -180,5 +199,5 @@ class Guest:
                 self._machine.close()
                 raise
             self._machine.close()
-        self._report(f"{error.sentence} Trying again.")
+        self.report(f"{error.sentence} Trying again.")
         return False

@@ -17,6 +17,14 @@ option() {
 	done
 }
 
+capture=$(option capture)
+if [ "$capture" ]; then
+	sh /kvirt/kvirt/lab/capture.sh "$capture" </dev/null >/dev/console 2>&1
+	sync
+	echo o >/proc/sysrq-trigger
+	sleep 10
+fi
+
 release=$(uname -r)
 if [ "$(option modules)" ]; then
 	mkdir "/usr/lib/modules/$release"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvirt.errors import KvirtError
-from kvirt.lab import accel, agent, host
+from kvirt.lab import accel, agent, capture, host
 from kvirt.lab.cache import locked
 from kvirt.lab.kernels import Kernel
 from kvirt.lab.tree import TREE
@@ -51,6 +51,8 @@ class Specification:
     cpus: int
     timeout: float
     append: str = ""
+    output: Path | None = None
+    """A directory that the guest may write to, by :data:`kvirt.lab.capture.TAG`."""
 
 
 class Machine:
@@ -130,6 +132,21 @@ class Machine:
         """Say whether the guest has ended by itself."""
         return not self._expired and self._qemu.poll() == 0
 
+    def wait_end(self, mark: str) -> None:
+        """Wait until the guest has ended by itself, and has said a last word on its console.
+
+        :raises GuestError: if it has not said it
+        """
+        self._qemu.wait()
+        tail = self.console_tail()
+        if self._expired:
+            what = f"The guest was ended after {self._spec.timeout:g} s, its time limit (--timeout)."
+        elif mark not in tail:
+            what = "The guest crashed, and its memory could not be saved."
+        else:
+            return
+        raise GuestError(what, f" The end of its console:\n{tail}")
+
     @property
     def _console(self) -> Path:
         return self._runtime / "console"
@@ -178,6 +195,8 @@ class Machine:
             directories["kvirt-symbols"] = kernel.vmlinux.parent
         if kernel.modules is not None:
             directories["kvirt-modules"] = kernel.modules
+        if self._spec.output is not None:
+            directories[capture.TAG] = self._spec.output
         shares = []
         for tag, directory in directories.items():
             share = Share(tag, directory, self._runtime)

@@ -67,9 +67,13 @@ def requirements() -> list[str]:
     return [line for line in required if "extra ==" not in line]
 
 
-def get_root(report: Report = silent) -> Path:
-    """Return the guest's root directory; build it if what it is made from has changed."""
-    recipe = [SUITE, PACKAGES, MOUNT_POINTS, PYCACHE, UNWANTED, INIT, KVIRT, requirements(), BOUNDS]
+def get_root(report: Report = silent, extra: Sequence[str] = ()) -> Path:
+    """Return the guest's root directory; build it if what it is made from has changed.
+
+    :param extra: Debian packages beside the usual ones; such a root is another one
+    """
+    packages = (*PACKAGES, *extra)
+    recipe = [SUITE, packages, MOUNT_POINTS, PYCACHE, UNWANTED, INIT, KVIRT, requirements(), BOUNDS]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     root = cache_dir() / f"root-{SUITE}-{key}"
     if root.is_dir():
@@ -78,14 +82,14 @@ def get_root(report: Report = silent) -> Path:
     with locked("root"):
         if not root.is_dir():
             with built(root) as directory:
-                _build(directory, report)
+                _build(directory, packages, report)
     return root
 
 
-def _build(directory: Path, report: Report) -> None:
+def _build(directory: Path, packages: Sequence[str], report: Report) -> None:
     with step(report, f"Building the guest's root (Debian {SUITE})", "root") as detail:
         detail("mmdebstrap")
-        _debootstrap(directory)
+        _debootstrap(directory, packages)
         for point in MOUNT_POINTS:
             (directory / point).mkdir(parents=True, exist_ok=True)
         for name, text in (("usr/sbin/kvirt-init", INIT), ("usr/local/bin/kvirt", KVIRT)):
@@ -97,9 +101,9 @@ def _build(directory: Path, report: Report) -> None:
         _install_wheels(directory, version)
 
 
-def _debootstrap(directory: Path) -> None:
+def _debootstrap(directory: Path, packages: Sequence[str]) -> None:
     argv = [host.program("mmdebstrap"), "--variant=minbase", "--quiet"]
-    argv += [f"--include={','.join(PACKAGES)}", "--architectures=amd64"]
+    argv += [f"--include={','.join(packages)}", "--architectures=amd64"]
     argv += [f"--dpkgopt=path-exclude={path}" for path in UNWANTED]
     argv += [f"--aptopt={line}" for line in apt.settings()]
     argv += ["--aptopt=Acquire::Languages none", "--aptopt=Acquire::Check-Valid-Until false"]

@@ -109,7 +109,10 @@ def booted(pattern):
 def dumped(pattern):
     with tempfile.TemporaryDirectory(prefix="kvirt-tests-") as directory:
         with booted(pattern) as guest:
+            guest.stop()
             core = guest.dump(Path(directory) / "vmcore")
+            if pattern == MODERN:
+                guest.dump(core.with_name("kdump"), "kdump-zlib")
         yield core, guest.kernel.vmlinux, guest.workload
 
 
@@ -170,6 +173,12 @@ def core73():
     """Path of a dump of a guest like ``guest73``, path of its vmlinux, and the workload's document."""
     with dumped(MODERN) as core:
         yield core
+
+
+@pytest.fixture(scope="session")
+def kdump73(core73):
+    """Path of another dump of the same guest at the same moment: kdump-compressed, and flattened."""
+    return core73[0].with_name("kdump")
 
 
 @pytest.fixture(scope="session")

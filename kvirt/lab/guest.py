@@ -170,6 +170,13 @@ class Guest:
                 ) from error
         return path
 
+    def stop(self) -> None:
+        """Have the guest stand still from now on, so that all dumps of it are of the same moment.
+
+        Commands in it get no further.
+        """
+        self._qmp.execute("stop")
+
     def wait_end(self, mark: str) -> None:
         """Wait until the guest has ended by itself.
 

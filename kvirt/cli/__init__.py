@@ -103,7 +103,7 @@ class LazyGroup(click.Group):
     type=click.Choice(["auto", "dwarf", "btf"]),
     default="auto",
     show_default=True,
-    help="Which type information to use.",
+    help="Where types come from: debug information, the kernel's own BTF, or what is at hand.",
 )
 @click.version_option(__version__)
 @click.pass_context

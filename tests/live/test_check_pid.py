@@ -53,25 +53,36 @@ def live(guest, pids, quiet):
     return document
 
 
-def from_host(guest, *arguments):
-    argv = [sys.executable, "-m", "kvirt", "-s", str(guest.kernel.vmlinux), *(str(a) for a in arguments)]
+def from_host(*arguments):
+    argv = [sys.executable, "-m", "kvirt", *(str(a) for a in arguments)]
     return subprocess.run(argv, capture_output=True, text=True, cwd=TREE, check=False)
 
 
-def test_live_from_outside_and_dump_agree(guest, pids, live, tmp_path):
-    outside = from_host(guest, "--qemu", guest.qmp_socket, "check-pid", *pids, "--format", "json")
-    assert outside.returncode == 0, outside.stderr
+def test_live_from_outside_and_dump_agree_by_all_types(guest, pids, live, tmp_path):
+    check = ["check-pid", *pids, "--format", "json"]
     core = tmp_path / "vmcore"
     guest.dump(core)
+    dwarf, btf = ["-s", guest.kernel.vmlinux], ["--types", "btf"]
     try:
-        dead = from_host(guest, "--core", core, "check-pid", *pids, "--format", "json")
+        done = [
+            guest.run(["kvirt", *btf, *check], timeout=PATIENCE),
+            *(from_host(*types, "--qemu", guest.qmp_socket, *check) for types in (dwarf, btf)),
+            *(from_host(*types, "--core", core, *check) for types in (dwarf, btf)),
+        ]
     finally:
         core.unlink()
-    assert dead.returncode == 0, dead.stderr
-    documents = [live, json.loads(outside.stdout), json.loads(dead.stdout)]
-    kinds = [document["target"]["kind"] for document in documents]
-    assert kinds == ["live", "qemu", "core"]
-    first, *others = [{k: v for k, v in d.items() if k != "target"} for d in documents]
+    assert [one.returncode for one in done] == [0] * len(done), [one.stderr for one in done]
+    others = [json.loads(one.stdout) for one in done]
+    targets = [document.pop("target") for document in others]
+    assert [(target["kind"], target["types"]) for target in (live["target"], *targets)] == [
+        ("live", "dwarf"),
+        ("live", "btf"),
+        ("qemu", "dwarf"),
+        ("qemu", "btf"),
+        ("core", "dwarf"),
+        ("core", "btf"),
+    ]
+    first = {key: value for key, value in live.items() if key != "target"}
     assert [task["pid"] for task in first["tasks"]] == [int(pid) for pid in pids]
     for other in others:
         assert other == first

@@ -166,6 +166,17 @@ class Suite:
         done = host.run(argv)
         return sorted(done.stdout.split())
 
+    def need(self, package: str) -> None:
+        """Make sure of a package that goes with a kernel of this suite.
+
+        :raises KvirtError: if it is not there: suites keep the packages of their newest kernels only
+        """
+        if package not in self.names(package):
+            raise KvirtError(
+                f"Debian's {self.name} has no {package} (any more): fetch the newest kernel with "
+                "`kvirt lab kernel --update VERSION`."
+            )
+
     def version(self, package: str) -> str:
         """Return the newest version of a package."""
         argv = [host.program("apt-cache"), *self._options(), "show", "--no-all-versions", package]

@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-from kvirt.errors import KvirtError
 from kvirt.lab import apt
 from kvirt.lab.cache import built
 from kvirt.lab.progress import Report, step
@@ -31,13 +30,8 @@ def has_headers(modules: Path) -> bool:
 def fetch_headers(suite: apt.Suite, release: str, modules: Path, report: Report) -> None:
     """Fetch the headers of a kernel from the suite it comes from, and put them among its modules."""
     wanted = packages(release)
-    names = set(suite.names("linux-headers-"))
-    missing = [package for package in wanted.values() if package not in names]
-    if missing:
-        raise KvirtError(
-            f"Debian's {suite.name} has no {missing[0]} (any more): fetch the newest kernel with "
-            "`kvirt lab kernel --update VERSION`."
-        )
+    for package in wanted.values():
+        suite.need(package)
     for name, package in wanted.items():
         if (modules / name).is_dir():
             continue

@@ -45,6 +45,8 @@ class Kernel:
     """What the guest has as ``/lib/modules/RELEASE``."""
     initramfs: Path | None = None
     """What it starts with, if it cannot mount the guest's root by itself."""
+    suite: str = ""
+    """Where it is from, if it is Debian's."""
 
     @classmethod
     def from_files(cls, image: Path, vmlinux: Path | None) -> Kernel:
@@ -121,7 +123,7 @@ def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, updat
     """
     cached = None if update else newest(pattern, _cached())
     if cached is not None and _is_whole(cached.release):
-        return _load(cached.release)
+        return _load(cached)
     with locked("kernels"):
         # Another kvirt may have fetched it while this one waited.
         cached = None if update else newest(pattern, _cached())
@@ -134,7 +136,7 @@ def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, updat
             headers.fetch_headers(apt.Suite(cached.suite), cached.release, modules, report)
         if initramfs.is_needed(modules) and not _initramfs(cached.release).exists():
             initramfs.build(modules, _initramfs(cached.release), report)
-        return _load(cached.release)
+        return _load(cached)
 
 
 def _directory(release: str) -> Path:
@@ -163,10 +165,12 @@ def _is_whole(release: str) -> bool:
     return headers.has_headers(modules) and (_initramfs(release).exists() or not initramfs.is_needed(modules))
 
 
-def _load(release: str) -> Kernel:
-    directory, modules = _directory(release), _modules(release)
-    early = _initramfs(release) if initramfs.is_needed(modules) else None
-    return Kernel(release, directory / "vmlinuz", directory / "vmlinux", modules, early)
+def _load(found: Candidate) -> Kernel:
+    directory, modules = _directory(found.release), _modules(found.release)
+    early = _initramfs(found.release) if initramfs.is_needed(modules) else None
+    return Kernel(
+        found.release, directory / "vmlinuz", directory / "vmlinux", modules, early, suite=found.suite
+    )
 
 
 def _find(pattern: str, report: Report) -> Candidate:

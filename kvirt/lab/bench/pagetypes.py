@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -25,21 +24,16 @@ def page_types(kernel: Kernel, report: Report) -> Path:
     :param kernel: one of Debian's
     """
     [version] = re.findall(r"^\d+\.\d+", kernel.release)
-    suite_name = json.loads(kernel.image.with_name("kernel.json").read_text())["suite"]
     target = cache_dir() / f"tools-{version}"
     with locked(target.name):
         if not (target / PROGRAM).exists():
             with built(target) as directory:
-                _build(apt.Suite(suite_name), f"linux-source-{version}", directory, report)
+                _build(apt.Suite(kernel.suite), f"linux-source-{version}", directory, report)
     return target / PROGRAM
 
 
 def _build(suite: apt.Suite, package: str, directory: Path, report: Report) -> None:
-    if package not in suite.names("linux-source-"):
-        raise KvirtError(
-            f"Debian's {suite.name} has no {package} (any more): fetch the newest kernel with "
-            "`kvirt lab kernel --update VERSION`."
-        )
+    suite.need(package)
     scratch = directory / "scratch"
     with step(report, f"Downloading {package}", "source: downloading") as detail:
         file = suite.download(package, scratch, detail)

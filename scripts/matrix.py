@@ -124,11 +124,12 @@ def try_kernel(matrix, pattern, report):
                     row("live", types, done, lambda where: trace(matrix, where, guest))
         core = guest.dump(Path(directory) / "vmcore")
         for types in TYPES:
-            symbols = ["-s", guest.kernel.vmlinux] if types == "dwarf" else []
-            argv = ["-c", core, *symbols, "--types", types, "check-all", "--format", "json"]
+            argv = ["-c", str(core), "--types", types, "check-all", "--format", "json"]
+            if types == "dwarf":
+                argv = ["-s", str(guest.kernel.vmlinux), *argv]
             with step(report, f"Checking a dump of it, by {types.upper()}", release):
                 done = subprocess.run(
-                    [sys.executable, "-m", "kvirt", *map(str, argv)],
+                    [sys.executable, "-m", "kvirt", *argv],
                     capture_output=True,
                     text=True,
                     check=False,

@@ -233,6 +233,17 @@ class KsmLayout:
 
 
 @dataclass(frozen=True)
+class PrintkLayout:
+    """The kernel's log (kernel/printk/printk_ringbuffer.h)."""
+
+    prb: int
+    """Address of the pointer to the ring."""
+    ring: StructLayout
+    desc: StructLayout
+    info: StructLayout
+
+
+@dataclass(frozen=True)
 class Layout:
     """Everything about this kernel's structures that kvirt needs."""
 
@@ -587,6 +598,39 @@ def _ksm(prog: drgn.Program) -> KsmLayout | None:
                 "next": ["hlist.next"],
             },
         ),
+    )
+
+
+def printk_layout(prog: drgn.Program) -> PrintkLayout | None:
+    """Where the kernel's log is; None if types or symbols lack what that takes.
+
+    :raises KvirtError: if this version of kvirt does not know such a log
+    """
+    prb = _address(prog, "prb")
+    try:
+        for name in ("printk_ringbuffer", "prb_desc", "printk_info"):
+            prog.type(f"struct {name}")
+    except LookupError:
+        return None
+    if prb is None:
+        return None
+    ring = {name: [f"desc_ring.{name}"] for name in ("count_bits", "descs", "infos")}
+    ring |= {name: [f"desc_ring.{name}.counter"] for name in ("head_id", "tail_id")}
+    ring |= {name: [f"text_data_ring.{name}"] for name in ("size_bits", "data")}
+    info = {name: [name] for name in ("ts_nsec", "text_len", "facility", "caller_id")}
+    return PrintkLayout(
+        prb,
+        _struct(prog, "struct printk_ringbuffer", ring),
+        _struct(
+            prog,
+            "struct prb_desc",
+            {
+                "state_var": ["state_var.counter"],
+                "begin": ["text_blk_lpos.begin"],
+                "next": ["text_blk_lpos.next"],
+            },
+        ),
+        _struct(prog, "struct printk_info", info),
     )
 
 

@@ -10,6 +10,7 @@ import click
 from kvirt.checks.machine import MachineChecker
 from kvirt.cli.basics import format_option
 from kvirt.cli.common import (
+    dump_log,
     machine_progress,
     max_findings_option,
     open_kernel,
@@ -47,12 +48,12 @@ def command(ctx: click.Context, strict: bool, max_findings: int, format_: str) -
     something could not be checked. Processes that exit meanwhile are counted, and do not matter to it.
     """
     target, layout = open_kernel(ctx)
-    report = Report(max_findings)
+    report, log = Report(max_findings), dump_log(target, layout)
     checker = MachineChecker(target.prog, layout, moves=target.moves)
     with machine_progress() as progress:
         tasks = _until_interrupted(checker.tasks(report, progress, rows=format_ == "json"), report)
         if format_ == "json":
-            for piece in check_document(target, layout, report, tasks):
+            for piece in check_document(target, layout, report, tasks, log):
                 click.echo(piece, nl=False)
         else:
             for _ in tasks:
@@ -61,5 +62,5 @@ def command(ctx: click.Context, strict: bool, max_findings: int, format_: str) -
     if format_ == "json":
         say_incomplete(report)
     else:
-        click.echo(machine_table(target, layout, report))
+        click.echo(machine_table(target, layout, report, log))
     ctx.exit(report.exit_status(strict))

@@ -10,6 +10,7 @@ from kvirt.checks.task import check_task
 from kvirt.cli.basics import format_option
 from kvirt.cli.common import (
     PID,
+    dump_log,
     max_findings_option,
     open_kernel,
     page_progress,
@@ -53,10 +54,13 @@ def command(
         doubtful[0].incomplete.insert(0, why)
     for task in tasks:
         report.add(task)
+    log = dump_log(target, layout)
+    if log is not None:
+        log = log.about(pids)
     if format_ == "json":
-        for piece in check_document(target, layout, report, tasks):
+        for piece in check_document(target, layout, report, tasks, log):
             click.echo(piece, nl=False)
         say_incomplete(report)
     else:
-        click.echo(check_table(target, layout, report, tasks, vmas=vmas))
+        click.echo(check_table(target, layout, report, tasks, log, vmas=vmas))
     ctx.exit(report.exit_status(strict))

@@ -15,6 +15,7 @@ from kvirt.cli import TargetOptions
 from kvirt.cli.basics import F, busy
 from kvirt.errors import printable
 from kvirt.findings import MAX_FINDINGS, Report
+from kvirt.klog import KernelLog, read_log
 from kvirt.layout import Layout, layout_of
 from kvirt.target import Target, open_target
 from kvirt.tasks import PID_MAX_LIMIT
@@ -45,6 +46,11 @@ def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
     with busy("reading the kernel's types"):
         target = open_target(options.core, options.qemu, options.symbols, options.types)
         return target, layout_of(target.prog)
+
+
+def dump_log(target: Target, layout: Layout) -> KernelLog | None:
+    """What the log of a dump says of memory; None if the kernel runs, and dmesg has it."""
+    return None if target.moves else read_log(target.prog, layout)
 
 
 def say_incomplete(report: Report) -> None:

@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any
 
 from kvirt.findings import Finding, PageCounts, Report, TaskReport, VmaRow
+from kvirt.klog import Complaint, KernelLog
 from kvirt.layout import Layout
 from kvirt.mm.vma import displacement, permissions
 from kvirt.target import Target
@@ -86,6 +87,27 @@ def _task(task: TaskReport) -> dict[str, Any]:
     return out
 
 
+def _complaint(one: Complaint) -> dict[str, Any]:
+    out: dict[str, Any] = {"seconds": one.nanoseconds / 1e9}
+    for name, value in (("tid", one.tid), ("comm", one.comm), ("pid", one.pid)):
+        if value is not None:
+            out[name] = value
+    if one.vma is not None:
+        out["vma"] = {"start": hex(one.vma[0]), "end": hex(one.vma[1])}
+    if one.address is not None:
+        out["address"] = hex(one.address)
+    out["text"] = one.text
+    return out
+
+
+def _log(log: KernelLog) -> dict[str, Any]:
+    out: dict[str, Any] = {"complaints": [_complaint(one) for one in log.complaints]}
+    out["omitted"] = log.omitted + log.others
+    if log.unreadable is not None:
+        out["unreadable"] = log.unreadable
+    return out
+
+
 def _dump(document: object) -> str:
     return json.dumps(document, indent=1)
 
@@ -96,12 +118,17 @@ def _members(document: dict[str, Any]) -> str:
 
 
 def check_document(
-    target: Target, layout: Layout, report: Report, tasks: Iterable[TaskReport]
+    target: Target,
+    layout: Layout,
+    report: Report,
+    tasks: Iterable[TaskReport],
+    log: KernelLog | None = None,
 ) -> Iterator[str]:
     """The document ``kvirt.check/1``, in pieces.
 
     :param report: what *tasks* add up to; looked at only when these are at their end
     :param tasks: written one after the other, so that no two need be kept
+    :param log: what the kernel said itself, if that was looked at
     """
     head = {"schema": "kvirt.check/1", "kernel": kernel_members(layout), "target": _target(target)}
     yield "{\n" + _members(head) + ',\n "tasks": ['
@@ -125,6 +152,7 @@ def check_document(
         "findings": [_finding(finding) for finding in report.findings()],
         "omitted": omitted,
         "incomplete": report.incomplete,
+        **({} if log is None else {"log": _log(log)}),
         "summary": {str(severity): n for severity, n in report.summary().items()},
     }
     yield "\n ],\n" + _members(tail) + "\n}\n"

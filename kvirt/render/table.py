@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from kvirt.errors import printable
 from kvirt.findings import Finding, PageCounts, Report, Severity, TaskReport, VmaRow
+from kvirt.klog import Complaint, KernelLog
 from kvirt.layout import Layout
 from kvirt.mm.vma import displacement, permissions, vma_is_cow_mapping
 from kvirt.render.text import columns, plural, terminal_width, wrap
@@ -255,16 +256,68 @@ def _task(layout: Layout, task: TaskReport, vmas: bool) -> str:
     return "\n".join(parts)
 
 
+# Complaints of the kernel that are told in full.
+COMPLAINTS_SHOWN = 10
+
+
+def _complaint(one: Complaint) -> str:
+    seconds, rest = divmod(one.nanoseconds, 10**9)
+    stamp = f"[{seconds:5}.{rest // 1000:06}] "
+    comm = "" if one.comm is None else f" ({one.comm})"
+    if one.pid is not None:
+        who = f"in PID {one.pid}{comm}"
+        if one.vma is not None:
+            who += f", in its VMA {one.vma[0]:x}-{one.vma[1]:x}"
+    else:
+        who = "in no thread" if one.tid is None else f"in thread {one.tid}{comm}"
+    indent = " " * len(stamp)
+    lines = []
+    for line in (*one.text, who):
+        lines += wrap(printable(line), terminal_width() - len(indent), "").splitlines()
+    return stamp + ("\n" + indent).join(lines)
+
+
+def _log(log: KernelLog | None) -> list[str]:
+    """The kernel's own words, if it had any."""
+    if log is None:
+        return []
+    parts = []
+    if log.complaints:
+        number = plural(len(log.complaints), "time")
+        parts.append(f"\nThe kernel's log complains of memory {number}; that may be long ago:")
+        parts += [_complaint(one) for one in log.complaints[:COMPLAINTS_SHOWN]]
+    more = len(log.complaints[COMPLAINTS_SHOWN:]) + log.omitted
+    if more:
+        parts.append(f"and {plural(more, 'more time')}")
+    if log.others:
+        number = plural(log.others, "time")
+        text = (
+            f"The kernel's log complains of memory {number} without naming what was checked: see check-all."
+        )
+        parts.append("\n" + wrap(text, terminal_width(), "  "))
+    if log.unreadable is not None:
+        parts.append("\n" + wrap(printable(log.unreadable), terminal_width(), "  "))
+    return parts
+
+
 def check_table(
-    target: Target, layout: Layout, report: Report, tasks: Sequence[TaskReport], *, vmas: bool = True
+    target: Target,
+    layout: Layout,
+    report: Report,
+    tasks: Sequence[TaskReport],
+    log: KernelLog | None = None,
+    *,
+    vmas: bool = True,
 ) -> str:
     """What ``check-pid`` prints.
 
     :param report: what *tasks* add up to
+    :param log: what the kernel said itself, if that was looked at
     """
     parts = [verdict(report), kernel_line(target, layout)]
     if report.findings() or report.omitted():
         parts.append("\n" + _findings(report))
+    parts += _log(log)
     parts += ["\n" + _task(layout, task, vmas) for task in tasks]
     if vmas and sum(len(task.vmas) for task in tasks) > 40:
         # The first line has scrolled away.
@@ -272,7 +325,7 @@ def check_table(
     return "\n".join(parts)
 
 
-def machine_table(target: Target, layout: Layout, report: Report) -> str:
+def machine_table(target: Target, layout: Layout, report: Report, log: KernelLog | None = None) -> str:
     """What ``check-all`` prints."""
     lines = [_verified(report), *_pages(report.pages)]
     if report.gone:
@@ -285,6 +338,7 @@ def machine_table(target: Target, layout: Layout, report: Report) -> str:
     parts += [wrap(line, terminal_width(), "  ") for line in lines]
     if report.findings() or report.omitted():
         parts.append("\n" + _findings(report))
+    parts += _log(log)
     return "\n".join(parts)
 
 

@@ -15,6 +15,7 @@ from kvirt.scheme import Scheme
 from kvirt.trace import program, session
 from kvirt.trace.environment import load_bcc
 from kvirt.trace.hooks import Hooks
+from kvirt.trace.symbols import function_addresses
 
 HEADERS = ("linux/mm.h", "linux/rmap.h", "linux/sched.h", "uapi/linux/ptrace.h")
 CALLBACKS = (
@@ -94,10 +95,11 @@ def main() -> None:
     text = "".join(f"#include <{header}>\n" for header in HEADERS) + program.text(request, LAYOUT)
     flags = [f"-D{name}={value}" for name, value in defined.items()]
     bpf = bcc.BPF(text=text, cflags=[*session.DIALECT, *flags])
-    for i, name in enumerate(CALLBACKS):
-        bpf["callbacks"][ctypes.c_uint64(bcc.BPF.ksymname(name))] = ctypes.c_uint32(i)
     probes = session.probes(request, LAYOUT)
-    addresses = {probe.function: bcc.BPF.ksymname(probe.function) for probe in probes}
+    found = function_addresses([probe.function for probe in probes])
+    addresses = {name: only for name, [only] in found.items()}
+    for i, name in enumerate(CALLBACKS):
+        bpf["callbacks"][ctypes.c_uint64(addresses[name])] = ctypes.c_uint32(i)
     Hooks(bpf, bcc, LAYOUT.fprobe, LAYOUT.fprobe_returns).attach(probes, addresses)
     print(
         [

@@ -15,6 +15,8 @@
 #ifndef roundup_pow_of_two
 #define roundup_pow_of_two(n) (n)
 #endif
+/* Where bcc does not see the kernel's symbols, it puts bpf_probe_read() in its place. */
+#undef bpf_probe_read_kernel
 /* FOLIO_MAPPING_FLAGS, include/linux/page-flags.h: 1 anonymous, 3 KSM, 0 of a file. */
 #define MAPPING_FLAGS 3
 #define MAPPING_ANON 1

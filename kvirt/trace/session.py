@@ -16,6 +16,7 @@ from typing import Any
 from kvirt.errors import KvirtError
 from kvirt.layout_trace import TraceLayout
 from kvirt.trace import counts, program
+from kvirt.trace.compiler import compile_programs
 from kvirt.trace.counts import (
     AssertionCounts,
     CopyVmaCounts,
@@ -162,7 +163,7 @@ class Session:
         wanted = probes(self._request, self._layout)
         symbols = _Symbols([probe.function for probe in wanted])
         with refusals("bcc cannot compile the program"):
-            self._bpf: Any = self._bcc.BPF(text=text, cflags=[*CFLAGS, *flags])
+            self._bpf: Any = compile_programs(self._bcc, text, [*CFLAGS, *flags])
         self._hooks = Hooks(self._bpf, self._bcc, self._layout.fprobe, self._layout.fprobe_returns)
         try:
             self._attach(wanted, symbols.addresses())

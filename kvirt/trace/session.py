@@ -40,8 +40,10 @@ _GUARDS = (
     *("_LINUX_LOG2_H", "_ASM_X86_PAGE_H", "_UAPI__LINUX_IF_PACKET_H", "__LINUX_IF_PACKET_H"),
     *("_UAPI_LINUX_IF_ETHER_H",),
 )
+# bcc runs passes of its own over what the compiler makes: once is enough.
+_PASSES = ("-Xclang", "-disable-llvm-passes")
 # Nobody debugs the programs; what a debugger would need takes another tenth.
-CFLAGS = (*DIALECT, *(f"-D{guard}" for guard in _GUARDS), "-g0")
+CFLAGS = (*DIALECT, *(f"-D{guard}" for guard in _GUARDS), *_PASSES, "-g0")
 ATTACHED = "attached"
 # Seconds between looks for names of places in programs.
 NAMING = 0.3

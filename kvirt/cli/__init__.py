@@ -123,16 +123,18 @@ def cli(
 
 
 def main() -> None:
-    """Run the program; every failure is a sentence on stderr and exit status 2."""
+    """Run the program; every failure is a sentence on stderr and exit status 2.
+
+    :raises KeyboardInterrupt: on Ctrl-C, for which click itself would end with 1, and that says that an error
+        was found in the kernel
+    """
     try:
-        # click itself would end with 1 on Ctrl-C, and that says that an error was found in the kernel.
         sys.exit(cli(prog_name="kvirt", standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:
-        print("kvirt: interrupted, and nothing is known of what was not printed.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        raise KeyboardInterrupt from None
     except KvirtError as error:
         print(f"kvirt: {printable(str(error), keep=chr(10))}", file=sys.stderr)
         sys.exit(error.status)

@@ -70,6 +70,8 @@ def main():
                 lie = layout if member == "truth" else told(layout, member)
                 with Session(Request(pid=os.getpid()), lie, bcc) as session:
                     at, new = provoke(room, file.fileno())
+                    # What is told gets names of functions: their table takes pages, which would be told of.
+                    session.stop()
                     session.poll(0)
                     counts = session.counts()
                 document = {

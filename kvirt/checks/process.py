@@ -237,15 +237,10 @@ class ProcessChecker:
         def note(check: Check, at: int, context: VmaContext | None, found: list[Violation]) -> None:
             # Numbered at each place, so that another's coming or going does not rename it.
             numbers: Counter[int] = Counter()
-            try:
-                for violation in found:
-                    where = at or violation.address or 0
-                    into.violations[check.id, where, numbers[where]] = (check, context, violation)
-                    numbers[where] += 1
-            except drgn.FaultError as error:
-                if not is_filtered(error):
-                    raise
-                into.filtered += 1
+            for violation in found:
+                where = at or violation.address or 0
+                into.violations[check.id, where, numbers[where]] = (check, context, violation)
+                numbers[where] += 1
 
         files = FileTrees(self.prog, self.layout, moves=self.moves)
         for check, whole in self._mm_checks:
@@ -257,8 +252,15 @@ class ProcessChecker:
                 continue
             context = VmaContext(space, vma, entry.first, entry.last, space.chains[vma.address], files)
             for check, run in self._vma_checks:
+                try:
+                    found = list(run(context))
+                except drgn.FaultError as error:
+                    if not is_filtered(error):
+                        raise
+                    into.filtered += 1
+                    continue
                 # Of tens of thousands nothing is found.
-                if found := list(run(context)):
+                if found:
                     note(check, vma.address, context, found)
 
     def _check_pages(

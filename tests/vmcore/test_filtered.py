@@ -70,6 +70,10 @@ KINDS = (
 )
 
 
+# Without these the memory map has holes; of what hangs on it without the others, the rest is judged.
+MEMORY_MAP = KINDS[:5]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_lacks_a_page_is_not_wrong(dump, kind):
     prog = dump.open().prog
@@ -80,4 +84,5 @@ def test_what_lacks_a_page_is_not_wrong(dump, kind):
     report.add(check_task(checker, process))
     assert report.summary()[Severity.ERROR] == 0, report.findings()
     assert report.exit_status() == 3
+    assert report.processes == (kind not in MEMORY_MAP)
     assert any("cannot be read" in said or "the dump lacks" in said for said in report.incomplete)

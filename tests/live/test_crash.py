@@ -58,6 +58,15 @@ def test_what_has_no_zeros_is_checked_whole(crashed):
     assert kvirt(*target, "check-pid", pid, "--no-vmas").returncode == 0
 
 
+def test_no_vmlinux_is_needed(crashed):
+    cores, _, pid = crashed
+    for command in (["check-all"], ["check-pid", pid, "--no-vmas"]):
+        done = kvirt("-c", cores["vmcore-d1"], "--types", "btf", *command)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        assert done.stdout.startswith("CONSISTENT: no errors")
+        assert "types from BTF" in done.stdout
+
+
 def test_what_was_filtered_is_not_held_to_be_wrong(crashed):
     """What makedumpfile makes of this kernel depends on both: all of it, or the reason why not."""
     cores, vmlinux, pid = crashed

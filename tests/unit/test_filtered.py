@@ -6,8 +6,9 @@ import struct
 import drgn
 import pytest
 
+from kvirt.cli import main
 from kvirt.elfcore import PT_LOAD
-from kvirt.errors import FilteredError
+from kvirt.errors import FilteredError, KvirtError
 from kvirt.filtered import (
     damage_only,
     filtered_error,
@@ -16,6 +17,7 @@ from kvirt.filtered import (
     read_dump_level,
     why_filtered,
 )
+from kvirt.findings import Report
 from tests.unit.fake import Memory
 
 BLOCK = 4096
@@ -137,3 +139,25 @@ def test_what_cannot_be_done_without_the_missing_pages(tmp_path):
     said = str(error)
     assert said.startswith("PID 5 cannot be looked up, because the dump lacks pages on the way to it (")
     assert said.endswith("with a makedumpfile that knows this kernel.")
+
+
+def test_the_reason_comes_first_and_always_finds_room():
+    report = Report(max_findings=1)
+    report.note_incomplete("This is missing.")
+    report.note_incomplete("That is missing.")
+    report.note_incomplete("The dump was filtered.", first=True)
+    assert report.incomplete == ["The dump was filtered.", "This is missing."]
+    assert report.incomplete_count == 3
+    assert report.exit_status() == 3
+
+
+@pytest.mark.parametrize(("error", "status"), [(KvirtError, 2), (FilteredError, 3)])
+def test_the_program_tells_what_is_missing_from_what_is_wrong(monkeypatch, capsys, error, status):
+    def refuse(**options):
+        raise error("It cannot be read.")
+
+    monkeypatch.setattr("kvirt.cli.cli", refuse)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == status
+    assert capsys.readouterr().err == "kvirt: It cannot be read.\n"

@@ -21,6 +21,7 @@ from kvirt.filtered import mark_filtered
 from kvirt.finders import use_btf
 from kvirt.layout import check_architecture
 from kvirt.memory import map_core
+from kvirt.pause import Pause, connect
 
 # drgn reports what it looked for and missed through this logger. What matters of it is said by the
 # sentences below; the rest would stand between a user and the result.
@@ -50,10 +51,14 @@ class Target:
     """"dwarf" or "btf"."""
     location: str
     """What was opened, for people."""
+    pause: Pause | None = None
+    """Keeps a QEMU guest still as long as it is wanted."""
 
     @property
     def moves(self) -> bool:
         """Whether the kernel runs while it is read."""
+        if self.pause is not None:
+            return False
         # /proc/kcore may have been named as a core.
         return self.kind is not Kind.CORE or bool(self.prog.flags & drgn.ProgramFlags.IS_LIVE)
 
@@ -136,17 +141,12 @@ def _open_live(prog: drgn.Program) -> None:
         ) from None
 
 
-def _open_qemu(prog: drgn.Program, path: Path) -> None:
+def _open_qemu(prog: drgn.Program, path: Path) -> socket.socket:
+    """Have drgn read a guest; returns the connection, which drgn has too."""
     try:
-        if not path.exists():
-            raise FileNotFoundError
         # drgn waits for the greeting for ever; QEMU serves one client at a time and lets others wait.
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(5)
-            probe.connect(str(path))
-            if b'"QMP"' not in probe.recv(4096):
-                raise KvirtError(f"What listens on {path} does not speak QMP: give --qemu the QMP socket.")
-        prog.set_qemu_qmp(str(path))
+        connection = connect(path, 5)
+        prog.set_qemu_qmp(os.dup(connection.fileno()))
     except FileNotFoundError:
         raise KvirtError(
             f"{path} does not exist: start QEMU with -qmp unix:{path},server=on,wait=off "
@@ -169,6 +169,7 @@ def _open_qemu(prog: drgn.Program, path: Path) -> None:
             f"QEMU answers on {path}, but the guest told it nothing about its kernel: run QEMU with -device "
             "vmcoreinfo, and load the module qemu_fw_cfg in the guest."
         )
+    return connection
 
 
 class _NoDebugInfoError(KvirtError):
@@ -254,18 +255,22 @@ def open_target(
     qemu: Path | None = None,
     symbols: Sequence[Path] = (),
     types: str = "auto",
+    *,
+    pause: bool = False,
 ) -> Target:
     """Open the kernel of a vmcore, of a QEMU guest, or else the running one, with its types.
 
+    :param pause: stop the QEMU guest until ``target.pause.end()``, or until this process ends
     :raises KvirtError: if that is not possible; the sentence says why and what to do
     """
     prog = drgn.Program()
+    stopped = None
     if core is not None:
         kind, location = Kind.CORE, str(core)
         prog = _open_core(core)
     elif qemu is not None:
         kind, location = Kind.QEMU, str(qemu)
-        _open_qemu(prog, qemu)
+        connection = _open_qemu(prog, qemu)
     else:
         kind, location = Kind.LIVE, "/proc/kcore"
         _open_live(prog)
@@ -281,4 +286,7 @@ def open_target(
         raise KvirtError(
             f"{location} cannot be read far enough to find its kernel ({error}): is the dump complete?"
         ) from None
-    return Target(prog, kind, used, location)
+    if qemu is not None and pause:
+        # Types take longer than all the rest, and do not change.
+        stopped = Pause(connection)
+    return Target(prog, kind, used, location, stopped)

@@ -48,6 +48,7 @@ class TargetOptions:
     qemu: Path | None = None
     symbols: tuple[Path, ...] = ()
     types: str = "auto"
+    pause: bool = False
 
 
 class LazyGroup(click.Group):
@@ -92,6 +93,11 @@ class LazyGroup(click.Group):
     help="Read a running QEMU guest through its QMP socket.",
 )
 @click.option(
+    "--pause",
+    is_flag=True,
+    help="Stop the QEMU guest while it is read; it goes on afterwards, whatever happens.",
+)
+@click.option(
     "-s",
     "--symbols",
     type=click.Path(path_type=Path),
@@ -108,7 +114,12 @@ class LazyGroup(click.Group):
 @click.version_option(__version__)
 @click.pass_context
 def cli(
-    ctx: click.Context, core: Path | None, qemu: Path | None, symbols: tuple[Path, ...], types: str
+    ctx: click.Context,
+    core: Path | None,
+    qemu: Path | None,
+    pause: bool,
+    symbols: tuple[Path, ...],
+    types: str,
 ) -> None:
     """Show whether a kernel keeps its anonymous page offsets right.
 
@@ -119,7 +130,9 @@ def cli(
     """
     if core is not None and qemu is not None:
         raise click.UsageError("--core and --qemu exclude each other: name one kernel.")
-    ctx.obj = TargetOptions(core, qemu, symbols, types)
+    if pause and qemu is None:
+        raise click.UsageError("--pause stops a QEMU guest: name its QMP socket with --qemu.")
+    ctx.obj = TargetOptions(core, qemu, symbols, types, pause)
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import click
 
@@ -17,6 +19,7 @@ from kvirt.errors import printable
 from kvirt.findings import MAX_FINDINGS, Report
 from kvirt.klog import KernelLog, read_log
 from kvirt.layout import Layout, layout_of
+from kvirt.pause import Pause
 from kvirt.target import Target, open_target
 from kvirt.tasks import PID_MAX_LIMIT
 
@@ -44,12 +47,22 @@ def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
     """Open the target named before the command, and learn its kernel's layout."""
     options = ctx.find_object(TargetOptions) or TargetOptions()
     with busy("reading the kernel's types"):
-        target = open_target(options.core, options.qemu, options.symbols, options.types)
+        target = open_target(options.core, options.qemu, options.symbols, options.types, pause=options.pause)
+        if target.pause is not None:
+            ctx.call_on_close(partial(_resume, target.pause, options.qemu))
         return target, layout_of(target.prog)
 
 
+def _resume(pause: Pause, path: Path | None) -> None:
+    if not pause.end():
+        click.echo(
+            f"kvirt: the guest behind {path} could not be told to go on: give QEMU the command cont.",
+            err=True,
+        )
+
+
 def dump_log(target: Target, layout: Layout) -> KernelLog | None:
-    """What the log of a dump says of memory; None if the kernel runs, and dmesg has it."""
+    """What the log of a dump or a paused guest says of memory; None if the kernel runs, and dmesg has it."""
     return None if target.moves else read_log(target.prog, layout)
 
 

@@ -67,18 +67,23 @@ def test_live_from_outside_and_dump_agree_by_all_types(guest, pids, live, tmp_pa
         done = [
             guest.run(["kvirt", *btf, *check], timeout=PATIENCE),
             *(from_host(*types, "--qemu", guest.qmp_socket, *check) for types in (dwarf, btf)),
+            from_host(*dwarf, "--qemu", guest.qmp_socket, "--pause", *check),
             *(from_host(*types, "--core", core, *check) for types in (dwarf, btf)),
         ]
     finally:
         core.unlink()
     assert [one.returncode for one in done] == [0] * len(done), [one.stderr for one in done]
     others = [json.loads(one.stdout) for one in done]
+    # On what stands still the kernel's log is looked at too.
+    logs = [document.pop("log", None) for document in others]
+    assert logs == [None] * 3 + [{"complaints": [], "omitted": 0}] * 3
     targets = [document.pop("target") for document in others]
     assert [(target["kind"], target["types"]) for target in (live["target"], *targets)] == [
         ("live", "dwarf"),
         ("live", "btf"),
         ("qemu", "dwarf"),
         ("qemu", "btf"),
+        ("qemu", "dwarf"),
         ("core", "dwarf"),
         ("core", "btf"),
     ]

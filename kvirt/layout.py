@@ -29,12 +29,12 @@ class Member:
     size: int
 
 
-_Values = Callable[[bytes], tuple[int, ...]]
+Values = Callable[[bytes], tuple[int, ...]]
 # Of struct, by size.
 _FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
-def _getter(members: Mapping[str, Member], names: Sequence[str]) -> _Values:
+def _getter(members: Mapping[str, Member], names: Sequence[str]) -> Values:
     """A function that takes members out of a structure's bytes, all at once if struct can do it."""
     order = sorted(names, key=lambda name: members[name].offset)
     format_, end = "<", 0
@@ -45,7 +45,7 @@ def _getter(members: Mapping[str, Member], names: Sequence[str]) -> _Values:
             return lambda data: tuple(int.from_bytes(data[a:b], "little") for a, b in spans)
         format_ += f"{member.offset - end}x{_FORMATS[member.size]}"
         end = member.offset + member.size
-    unpack: _Values = struct.Struct(format_).unpack_from
+    unpack: Values = struct.Struct(format_).unpack_from
     if order == list(names):
         return unpack
     pick = itemgetter(*(order.index(name) for name in names))
@@ -63,7 +63,7 @@ class StructLayout:
         self.size = size
         self.members = dict(members)
         self._names = tuple(self.members)
-        self._getters: dict[tuple[str, ...], _Values] = {}
+        self._getters: dict[tuple[str, ...], Values] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -74,14 +74,14 @@ class StructLayout:
 
     def decode(self, data: bytes) -> dict[str, int]:
         """Unsigned little-endian values of all members, by name."""
-        return dict(zip(self._names, self.values(data, self._names), strict=True))
+        return dict(zip(self._names, self.getter(self._names)(data), strict=True))
 
-    def values(self, data: bytes, names: tuple[str, ...]) -> tuple[int, ...]:
-        """Unsigned little-endian values of some members, in this order."""
+    def getter(self, names: tuple[str, ...]) -> Values:
+        """A function from the structure's bytes to unsigned values of some members, in this order."""
         getter = self._getters.get(names)
         if getter is None:
             getter = self._getters[names] = _getter(self.members, names)
-        return getter(data)
+        return getter
 
     def read(self, memory: Readable, address: int) -> dict[str, int]:
         """Read the structure at a virtual address with one read.

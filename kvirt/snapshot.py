@@ -7,7 +7,8 @@ with small reads pays for each of them, and while a kernel runs sees neighbours 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
 import drgn
 
@@ -15,6 +16,8 @@ import drgn
 _PAGE = 4096
 # Pages that are kept. When there are more, all are read anew: it only takes longer.
 _PAGES_MAX = 1 << 13
+
+T = TypeVar("T")
 
 
 class Readable(Protocol):
@@ -61,3 +64,22 @@ class Snapshot:
             page = b""
         self._pages[start] = page
         return page
+
+
+class Table(dict[int, T]):
+    """Structures by address, read when they are asked for."""
+
+    def __init__(self, read: Callable[[int], T], known: Mapping[int, T] | None = None) -> None:
+        """Prepare.
+
+        :param known: what has been read already, and is not to be read
+        """
+        self._read = read
+        self._known = known or {}
+
+    def __missing__(self, address: int) -> T:
+        one = self._known.get(address)
+        if one is None:
+            one = self._read(address)
+        self[address] = one
+        return one

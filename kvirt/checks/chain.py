@@ -50,6 +50,7 @@ def avc_self(context: VmaContext) -> Iterator[Violation]:
     A chain that runs in a loop, or leads to memory that cannot be read, is reported here.
     """
     vma, chain = context.vma, context.chain
+    anon_vmas = context.space.anon_vmas
     if chain.broken is not None:
         yield Violation(f"the chain cannot be followed to its end: {chain.broken}")
     for link in chain.links:
@@ -59,14 +60,15 @@ def avc_self(context: VmaContext) -> Iterator[Violation]:
                 expected=vma.address,
                 actual=link.vma,
             )
-        elif context.anon_vma(link.anon_vma) is None:
+        elif link.anon_vma not in anon_vmas:
             yield Violation(
                 f"the link at {link.address:#x} points to an anon_vma that cannot be read",
                 actual=link.anon_vma,
             )
-    for anon_vma, count in Counter(link.anon_vma for link in chain.links).items():
-        if count > 1:
-            yield Violation(f"the chain has the same anon_vma {count} times", actual=anon_vma)
+    if len(chain.anon_vmas()) < len(chain.links):
+        for anon_vma, count in Counter(link.anon_vma for link in chain.links).items():
+            if count > 1:
+                yield Violation(f"the chain has the same anon_vma {count} times", actual=anon_vma)
     whole = chain.broken is None and chain.links and vma.anon_vma
     if whole and vma.anon_vma not in context.chain.anon_vmas():
         yield Violation("the VMA's own anon_vma is not in its chain", actual=vma.anon_vma)
@@ -83,14 +85,13 @@ def anon_vma_root(context: VmaContext) -> Iterator[Violation]:
     own = context.anon_vma(context.vma.anon_vma)
     if own is None or context.chain.broken is not None:
         return
-    for address in sorted(context.chain.anon_vmas()):
-        other = context.anon_vma(address)
-        if other is not None and other.root != own.root:
-            yield Violation(
-                f"the anon_vma {address:#x} of the chain has another root than the VMA's own",
-                expected=own.root,
-                actual=other.root,
-            )
+    others = [context.space.anon_vmas.get(address, own) for address in context.chain.anon_vmas()]
+    for other in sorted(other for other in others if other.root != own.root):
+        yield Violation(
+            f"the anon_vma {other.address:#x} of the chain has another root than the VMA's own",
+            expected=own.root,
+            actual=other.root,
+        )
     root = context.anon_vma(own.root)
     if root is None:
         yield Violation(f"the root of the VMA's anon_vma {own.address:#x} cannot be read", actual=own.root)
@@ -128,10 +129,9 @@ def parent_in_chain(context: VmaContext) -> Iterator[Violation]:
     if context.chain.broken is not None:
         return
     members = context.chain.anon_vmas()
-    for address in sorted(members):
-        anon_vma = context.anon_vma(address)
-        if anon_vma is not None and anon_vma.parent not in members:
-            yield Violation(
-                f"the parent of the chain's anon_vma {address:#x} is not in the chain",
-                actual=anon_vma.parent,
-            )
+    anon_vmas = [context.space.anon_vmas[a] for a in members if a in context.space.anon_vmas]
+    for anon_vma in sorted(one for one in anon_vmas if one.parent not in members):
+        yield Violation(
+            f"the parent of the chain's anon_vma {anon_vma.address:#x} is not in the chain",
+            actual=anon_vma.parent,
+        )

@@ -20,7 +20,7 @@ from kvirt.mm.arrays import each
 from kvirt.mm.folio import I64, read_folios
 from kvirt.mm.forest import read_family
 from kvirt.mm.pagetable import U64, Bool
-from kvirt.mm.rmap import read_anon_vma
+from kvirt.mm.rmap import anon_vma_reader
 
 ID = "FOLIO-MAPCOUNT"
 # Folios that are held up by name; so many are looked at once more, and the rest is counted.
@@ -269,7 +269,7 @@ class FolioMapcounts:
             return False
         if anon_vma not in hidden:
             try:
-                root = read_anon_vma(self.prog, self.layout, anon_vma).root
+                root = anon_vma_reader(self.prog, self.layout)(anon_vma).root
                 family = read_family(self.prog, self.layout, root, ())
             except drgn.FaultError as error:
                 # Damage: FOLIO-ANON-VMA has its say on it.

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -140,6 +142,10 @@ class ProcessChecker:
         :param progress: is told the number of pages seen since the last call
         :raises drgn.FaultError: if the mm_struct cannot be read
         """
+        with _no_collection():
+            return self._check(mm, progress)
+
+    def _check(self, mm: int, progress: Callable[[int], None]) -> ProcessResult:
         space = self.read(mm)
         result = ProcessResult(space, [], PageCounts(), [])
         if space.mm_users == 0:
@@ -415,6 +421,21 @@ class ProcessChecker:
                     message = f"{finding.message} (in the mm {vma.vm_mm:#x}, which no task has)"
                     finding = replace(finding, message=message)
             yield finding
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nobody looks for cycles of garbage meanwhile.
+
+    There are none in what is read of a process, and the more of it there is, the longer that would take.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _finding(check: Check, severity: Severity, violation: Violation, vma: Vma | None) -> Finding:

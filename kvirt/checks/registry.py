@@ -88,27 +88,42 @@ class VmaTable:
         def array(values: Iterator[int]) -> U64:
             return np.fromiter(values, dtype=np.uint64, count=len(self.vmas))
 
-        def flags(values: Iterator[bool]) -> Bool:
-            return np.fromiter(values, dtype=np.bool_, count=len(self.vmas))
-
         self.start = array(v.vm_start for v in self.vmas)
         self.end = array(v.vm_end for v in self.vmas)
         self.anon_pgoff = array(v.anon_pgoff for v in self.vmas)
         self.vm_pgoff = array(v.vm_pgoff for v in self.vmas)
         self.anon_vma = array(v.anon_vma for v in self.vmas)
-        files = [space.file(v) for v in self.vmas]
-        self.f_mapping = array(0 if file is None else file.f_mapping for file in files)
-        self.cow = flags(vma_is_cow_mapping(v) for v in self.vmas)
-        self.hugetlb_order = array(
-            max(file.blkbits - space.layout.page_shift, 0) if v.flag("HUGETLB") and file is not None else 0
-            for v, file in zip(self.vmas, files, strict=True)
+        # Many VMAs are alike in what follows, which is worked out once for each kind.
+        number: dict[tuple[int, int, int], int] = {}
+        kinds: list[Vma] = []
+        for vma in self.vmas:
+            if number.setdefault((vma.vm_flags, vma.vm_ops, vma.vm_file), len(kinds)) == len(kinds):
+                kinds.append(vma)
+        kind = np.array([number[v.vm_flags, v.vm_ops, v.vm_file] for v in self.vmas], dtype=np.intp)
+        files = [space.file(v) for v in kinds]
+
+        def numbers(values: list[int]) -> U64:
+            return np.array(values, dtype=np.uint64)[kind]
+
+        def flags(values: list[bool]) -> Bool:
+            return np.array(values, dtype=np.bool_)[kind]
+
+        self.f_mapping = numbers([0 if file is None else file.f_mapping for file in files])
+        self.cow = flags([vma_is_cow_mapping(v) for v in kinds])
+        self.hugetlb_order = numbers(
+            [
+                max(file.blkbits - space.layout.page_shift, 0)
+                if v.flag("HUGETLB") and file is not None
+                else 0
+                for v, file in zip(kinds, files, strict=True)
+            ]
         )
         """Of the huge pages that a VMA is made of; 0 if it is not of hugetlb, or its file cannot be read."""
-        self.pure = flags(vma_is_pure_anon(v) for v in self.vmas)
+        self.pure = flags([vma_is_pure_anon(v) for v in kinds])
         # Pages in these are not told from others by what they are, or are no page cache.
-        self.raw = flags(v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in self.vmas)
-        self.dax = flags(file is not None and file.dax for file in files)
-        self.temporary_stack = flags(vma_is_temporary_stack(v) for v in self.vmas)
+        self.raw = flags([v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in kinds])
+        self.dax = flags([file is not None and file.dax for file in files])
+        self.temporary_stack = flags([vma_is_temporary_stack(v) for v in kinds])
 
     def at(self, values: Bool, row: npt.NDArray[np.intp]) -> Bool:
         """What the VMA of each row has; no VMA, nothing."""

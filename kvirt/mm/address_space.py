@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,14 +69,16 @@ class AddressSpace:
         return (entry.vma for entry in self.entries)
 
 
-def _add_anon_vma(space: AddressSpace, address: int) -> None:
-    if address == 0 or address in space.anon_vmas or address in space.unreadable:
-        return
-    try:
-        space.anon_vmas[address] = space.records.anon_vmas[address]
-    except drgn.FaultError as error:
-        damage_only(error)
-        space.unreadable[address] = str(error)
+def _add_anon_vmas(space: AddressSpace, addresses: Iterable[int]) -> None:
+    known, records = space.anon_vmas, space.records.anon_vmas
+    for address in addresses:
+        if address in known or address == 0 or address in space.unreadable:
+            continue
+        try:
+            known[address] = records[address]
+        except drgn.FaultError as error:
+            damage_only(error)
+            space.unreadable[address] = str(error)
 
 
 def _add_file(space: AddressSpace, address: int) -> None:
@@ -162,12 +164,9 @@ def read_address_space(
         space.broken_tree = str(error)
     for vma in space.vmas():
         chain = space.chains[vma.address] = space.records.chains[vma.address]
-        _add_anon_vma(space, vma.anon_vma)
         _add_file(space, vma.vm_file)
-        for link in chain.links:
-            _add_anon_vma(space, link.anon_vma)
+        _add_anon_vmas(space, (vma.anon_vma, *[link.anon_vma for link in chain.links]))
     # A root that is not in any chain is damage, and a check wants to look at it.
     for anon_vma in list(space.anon_vmas.values()):
-        _add_anon_vma(space, anon_vma.root)
-        _add_anon_vma(space, anon_vma.parent)
+        _add_anon_vmas(space, (anon_vma.root, anon_vma.parent))
     return space

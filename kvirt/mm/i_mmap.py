@@ -20,12 +20,13 @@ from kvirt.mm.interval_tree import (
     TreeError,
     check_children,
     climb,
-    decode_root,
+    node_reader,
     rb_prev,
-    read_node,
+    root_decoder,
     subtree_last,
 )
-from kvirt.mm.vma import Vma, read_vma, vma_last_pgoff
+from kvirt.mm.vma import Vma, vma_last_pgoff, vma_reader
+from kvirt.snapshot import Snapshot, Table
 
 # While a kernel runs, a place that looks wrong is read so often until two readings are the same.
 _READINGS = 6
@@ -67,12 +68,17 @@ class FileTrees:
     def __init__(self, prog: drgn.Program, layout: Layout, *, moves: bool) -> None:
         """Prepare.
 
-        :param moves: whether the kernel runs while it is read; if not, no node is read twice
+        :param moves: whether the kernel runs while it is read: then what looks wrong is read anew
         """
         self._prog = prog
         self._layout = layout
         self._moves = moves
-        self._nodes: dict[int, RbNode] = {}
+        self._read_anew()
+
+    def _read_anew(self) -> None:
+        memory = self._memory = Snapshot(self._prog)
+        self._node = Table(node_reader(memory, self._layout.file_tree)).__getitem__
+        self._vmas = Table(vma_reader(memory, self._layout))
 
     def place(self, vma: Vma, mapping: int) -> FilePlace:
         """Find a VMA in the tree.
@@ -86,29 +92,23 @@ class FileTrees:
         for _ in range(_READINGS):
             if not place.suspicious(vma):
                 break
+            self._read_anew()
             again = self._read(vma, mapping)
             if again == place and not place.locked:
                 break
             place = again
         return place
 
-    def _node(self, address: int) -> RbNode:
-        if address not in self._nodes:
-            self._nodes[address] = read_node(self._prog, self._layout.file_tree, address)
-        return self._nodes[address]
-
     def _read(self, vma: Vma, mapping: int) -> FilePlace:
-        layout, prog = self._layout, self._prog
-        if self._moves:
-            self._nodes.clear()
+        layout = self._layout
         try:
-            data = prog.read(mapping, layout.mapping.size)
+            data = self._memory.read(mapping, layout.mapping.size)
         except drgn.FaultError as error:
             damage_only(error)
             return FilePlace(lost=f"its file's mapping {mapping:#x} cannot be read")
         m = layout.mapping.decode(data)
         locked = bool(m.get("rwsem_count", 0) & RWSEM_WRITER_LOCKED)
-        root = decode_root(layout.file_tree, data, layout.mapping.offset("i_mmap"))
+        root = root_decoder(layout.file_tree)(data, layout.mapping.offset("i_mmap"))
         try:
             node = self._node(vma.address)
             climb(self._node, root, vma.address)
@@ -124,7 +124,7 @@ class FileTrees:
             address = rb_prev(self._node, vma.address)
             first = address == 0
             if address:
-                before = read_vma(prog, layout, address)
+                before = self._vmas[address]
         with contextlib.suppress(TreeError):
             last = subtree_last(self._node, node, vma_last_pgoff(vma))
         return FilePlace(node, root, None, first, before, last, stray, locked)

@@ -7,7 +7,6 @@ Nodes are named by the address of the structure that they are in, not of its ``s
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -51,53 +50,60 @@ class Interval(NamedTuple):
     last: int
 
 
-def decode_root(tree: TreeLayout, data: bytes, at: int) -> Root:
-    """The ``struct rb_root_cached`` at an offset of bytes that were read."""
-    (node,) = _words(8).unpack_from(data, at + tree.root_node)
-    (leftmost,) = _words(8).unpack_from(data, at + tree.root_leftmost)
-    # mm_take_all_locks() marks a root by the lowest bit.
-    node &= ~3
-    return Root(_owner(tree, node) if node else 0, _owner(tree, leftmost) if leftmost else 0)
-
-
-def _owner(tree: TreeLayout, rb: int) -> int:
-    # rb_entry(); a wild pointer below the offset stays wild.
-    return rb - tree.rb if rb > tree.rb else 1
-
-
-@functools.cache
 def _words(size: int) -> struct.Struct:
     return struct.Struct(f"<{size // 8}Q")
 
 
-def decode_node(tree: TreeLayout, data: bytes, at: int) -> RbNode:
-    """The node at an offset of bytes that were read.
+def _owner(rb: int, offset: int) -> int:
+    # rb_entry(); a wild pointer below the offset stays wild.
+    return rb - offset if rb > offset else 1 if rb else 0
 
-    :param at: where the ``struct rb_node`` is in *data*
+
+def root_decoder(tree: TreeLayout) -> Callable[[bytes, int], Root]:
+    """A function from bytes, and an offset in them, to the ``struct rb_root_cached`` there."""
+    unpack = _words(16).unpack_from
+    rb, root_node, leftmost = tree.rb, tree.root_node >> 3, tree.root_leftmost >> 3
+
+    def decode(data: bytes, at: int) -> Root:
+        words = unpack(data, at)
+        # mm_take_all_locks() marks a root by the lowest bit.
+        return Root(_owner(words[root_node] & ~3, rb), _owner(words[leftmost], rb))
+
+    return decode
+
+
+def node_decoder(tree: TreeLayout) -> Callable[[bytes, int], RbNode]:
+    """A function from bytes, and an offset in them, to the ``struct rb_node`` there."""
+    unpack = _words(tree.span).unpack_from
+    rb, last = tree.rb, tree.subtree_last - tree.rb >> 3
+    parent, left, right = tree.parent >> 3, tree.left >> 3, tree.right >> 3
+
+    def decode(data: bytes, at: int) -> RbNode:
+        words = unpack(data, at)
+        # rb_parent(): the lower bits hold the colour.
+        return RbNode(
+            _owner(words[parent] & ~3, rb), _owner(words[left], rb), _owner(words[right], rb), words[last]
+        )
+
+    return decode
+
+
+def node_reader(memory: Readable, tree: TreeLayout) -> Callable[[int], RbNode]:
+    """A function that reads the node in the structure at an address.
+
+    It raises :class:`TreeError` if it cannot be read, and :class:`drgn.FaultError` if the dump leaves it out.
     """
-    words = _words(tree.span).unpack_from(data, at)
-    # rb_parent(): the lower bits hold the colour.
-    parent, left, right = words[tree.parent >> 3] & ~3, words[tree.left >> 3], words[tree.right >> 3]
-    return RbNode(
-        _owner(tree, parent) if parent else 0,
-        _owner(tree, left) if left else 0,
-        _owner(tree, right) if right else 0,
-        words[(tree.subtree_last - tree.rb) >> 3],
-    )
+    decode, offset, span = node_decoder(tree), tree.rb, tree.span
 
+    def read(address: int) -> RbNode:
+        try:
+            data = memory.read(address + offset, span)
+        except (drgn.FaultError, OverflowError) as error:
+            damage_only(error)
+            raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
+        return decode(data, 0)
 
-def read_node(memory: Readable, tree: TreeLayout, address: int) -> RbNode:
-    """Read the node in the structure at an address.
-
-    :raises TreeError: if it cannot be read
-    :raises drgn.FaultError: if it was left out of the dump
-    """
-    try:
-        data = memory.read(address + tree.rb, tree.span)
-    except (drgn.FaultError, OverflowError) as error:
-        damage_only(error)
-        raise TreeError(f"the tree leads to {address:#x}, which cannot be read") from None
-    return decode_node(tree, data, 0)
+    return read
 
 
 Read = Callable[[int], RbNode]

@@ -5,21 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import NamedTuple, TypeVar
+from functools import cached_property
+from typing import NamedTuple
 
 import drgn
 
 from kvirt.filtered import damage_only
 from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
-from kvirt.mm.interval_tree import RbNode, Root, decode_node, decode_root
-from kvirt.mm.vma import Vma, read_vma
-from kvirt.snapshot import Readable
+from kvirt.mm.interval_tree import RbNode, Root, node_decoder, root_decoder
+from kvirt.mm.vma import Vma, vma_reader
+from kvirt.snapshot import Readable, Table
 
 # A chain is as long as the process is deep in forks. No kernel gets near; a damaged list may.
 CHAIN_MAX = 1 << 16
-
-T = TypeVar("T")
 
 
 class AnonVma(NamedTuple):
@@ -78,50 +76,47 @@ _ANON_VMA = ("root", "parent", "refcount")
 _OPTIONAL = ("num_children", "num_active_vmas", "rwsem_count")
 
 
-def read_anon_vma(memory: Readable, layout: Layout, address: int) -> AnonVma:
-    """Read a ``struct anon_vma`` with one read.
+def anon_vma_reader(memory: Readable, layout: Layout) -> Callable[[int], AnonVma]:
+    """A function that reads the anon_vma at an address, with one read.
 
-    :raises drgn.FaultError: if it cannot be read
+    It raises :class:`drgn.FaultError` if the ``struct anon_vma`` cannot be read.
     """
-    how = layout.anon_vma
-    data = memory.read(address, how.size)
-    root, parent, refcount = how.values(data, _ANON_VMA)
-    children, active, count = (how.values(data, (n,))[0] if n in how.members else None for n in _OPTIONAL)
-    return AnonVma(
-        address,
-        root,
-        parent,
-        refcount,
-        decode_root(layout.anon_tree, data, how.offset("rb_root")),
-        children,
-        active,
-        None if count is None else bool(count & RWSEM_WRITER_LOCKED),
-    )
+    how, decode_root = layout.anon_vma, root_decoder(layout.anon_tree)
+    optional = tuple(name for name in _OPTIONAL if name in how)
+    get, at = how.getter((*_ANON_VMA, *optional)), how.offset("rb_root")
+
+    def read(address: int) -> AnonVma:
+        data = memory.read(address, how.size)
+        root, parent, refcount, *more = get(data)
+        counts = dict(zip(optional, more, strict=True))
+        count = counts.get("rwsem_count")
+        return AnonVma(
+            address,
+            root,
+            parent,
+            refcount,
+            decode_root(data, at),
+            counts.get("num_children"),
+            counts.get("num_active_vmas"),
+            None if count is None else bool(count & RWSEM_WRITER_LOCKED),
+        )
+
+    return read
 
 
-def read_avc(memory: Readable, layout: Layout, address: int) -> AnonVmaChain:
-    """Read a ``struct anon_vma_chain`` with one read.
+def avc_reader(memory: Readable, layout: Layout) -> Callable[[int], AnonVmaChain]:
+    """A function that reads the AVC at an address, with one read.
 
-    :raises drgn.FaultError: if it cannot be read
+    It raises :class:`drgn.FaultError` if the ``struct anon_vma_chain`` cannot be read.
     """
-    avc, tree = layout.avc, layout.anon_tree
-    data = memory.read(address, avc.size)
-    return AnonVmaChain._make((address, *avc.values(data, _AVC), decode_node(tree, data, tree.rb)))
+    size, get = layout.avc.size, layout.avc.getter(_AVC)
+    decode_node, rb = node_decoder(layout.anon_tree), layout.anon_tree.rb
 
+    def read(address: int) -> AnonVmaChain:
+        data = memory.read(address, size)
+        return AnonVmaChain._make((address, *get(data), decode_node(data, rb)))
 
-class _Table(dict[int, T]):
-    """Structures by address, read when they are asked for."""
-
-    def __init__(self, read: Callable[[int], T], known: Mapping[int, T]) -> None:
-        self._read = read
-        self._known = known
-
-    def __missing__(self, address: int) -> T:
-        one = self._known.get(address)
-        if one is None:
-            one = self._read(address)
-        self[address] = one
-        return one
+    return read
 
 
 class Records:
@@ -137,14 +132,12 @@ class Records:
         """
         self.memory = memory
         self._layout = layout
-        self.vmas: _Table[Vma] = _Table(partial(read_vma, memory, layout), known.vmas if known else {})
-        self.avcs: _Table[AnonVmaChain] = _Table(
-            partial(read_avc, memory, layout), known.avcs if known else {}
+        self.vmas: Table[Vma] = Table(vma_reader(memory, layout), known.vmas if known else None)
+        self.avcs: Table[AnonVmaChain] = Table(avc_reader(memory, layout), known.avcs if known else None)
+        self.anon_vmas: Table[AnonVma] = Table(
+            anon_vma_reader(memory, layout), known.anon_vmas if known else None
         )
-        self.anon_vmas: _Table[AnonVma] = _Table(
-            partial(read_anon_vma, memory, layout), known.anon_vmas if known else {}
-        )
-        self.chains: _Table[Chain] = _Table(self._chain, known.chains if known else {})
+        self.chains: Table[Chain] = Table(self._chain, known.chains if known else None)
         """Chain of each VMA, by the VMA's address."""
 
     def _chain(self, vma: int) -> Chain:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import drgn
@@ -55,28 +56,29 @@ class Vma(NamedTuple):
 
 
 _FIRST = ("vm_start", "vm_end", "vm_mm", "vm_flags", "vm_pgoff")
-_ANON_PGOFF = ("anon_pgoff_lo", "anon_pgoff_hi")
 _LAST = ("anon_vma", "vm_ops", "vm_file", "chain_next", "chain_prev")
-_ANON_NAME = ("anon_name",)
 
 
-def read_vma(memory: Readable, layout: Layout, address: int) -> Vma:
-    """Read a VMA with one read, so that as little of it as possible is torn.
+def vma_reader(memory: Readable, layout: Layout) -> Callable[[int], Vma]:
+    """A function that reads the VMA at an address, with one read, so that as little as possible is torn.
 
-    :param address: of the ``struct vm_area_struct``
-    :raises drgn.FaultError: if it cannot be read
+    It raises :class:`drgn.FaultError` if the ``struct vm_area_struct`` cannot be read.
     """
     how = layout.vma
-    data = memory.read(address, how.size)
-    first = how.values(data, _FIRST)
-    if "anon_pgoff_lo" in how.members:
-        # include/linux/mm.h: vma_start_anon_pgoff()
-        low, high = how.values(data, _ANON_PGOFF)
-        anon_pgoff = high << 32 | low
-    else:
-        anon_pgoff = first[-1]
-    anon_name = how.values(data, _ANON_NAME)[0] if "anon_name" in how.members else 0
-    return Vma._make((layout, address, *first, anon_pgoff, *how.values(data, _LAST), anon_name))
+    halves = ("anon_pgoff_lo", "anon_pgoff_hi") if "anon_pgoff_lo" in how else ()
+    name = ("anon_name",) if "anon_name" in how else ()
+    get = how.getter((*halves, *_FIRST, *_LAST, *name))
+    no_name = () if name else (0,)
+
+    def read(address: int) -> Vma:
+        values = get(memory.read(address, how.size))
+        if halves:
+            # include/linux/mm.h: vma_start_anon_pgoff()
+            anon_pgoff = values[1] << 32 | values[0]
+            return Vma._make((layout, address, *values[2:7], anon_pgoff, *values[7:], *no_name))
+        return Vma._make((layout, address, *values[:5], values[4], *values[5:], *no_name))
+
+    return read
 
 
 def vma_snapshot(vma: drgn.Object) -> Vma:
@@ -84,7 +86,7 @@ def vma_snapshot(vma: drgn.Object) -> Vma:
 
     :param vma: ``struct vm_area_struct *``
     """
-    return read_vma(vma.prog_, layout_of(vma.prog_), vma.value_())
+    return vma_reader(vma.prog_, layout_of(vma.prog_))(vma.value_())
 
 
 def vma_pages(vma: Vma) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from kvirt.errors import KvirtError
 from kvirt.lab.damage.scene import Damaged, Scene, damage, vma_range
 from kvirt.mm.i_mmap import FilePlace, FileTrees
-from kvirt.mm.interval_tree import read_node
+from kvirt.mm.interval_tree import node_reader
 from kvirt.mm.vma import Vma
 
 
@@ -44,7 +44,7 @@ def _in(scene: Scene) -> Damaged:
         ),
     )
     assert place.node is not None
-    parent = read_node(scene.prog, scene.layout.file_tree, place.node.parent)
+    parent = node_reader(scene.prog, scene.layout.file_tree)(place.node.parent)
     side = "left" if parent.left == vma.address else "right"
     scene.set_word(_word(scene, place.node.parent, side), 0)
     return Damaged(

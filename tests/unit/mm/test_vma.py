@@ -8,10 +8,10 @@ from kvirt.mm.vma import (
     linear_anon_page_index,
     linear_page_index,
     permissions,
-    read_vma,
     vma_is_cow_mapping,
     vma_is_temporary_stack,
     vma_kind,
+    vma_reader,
 )
 from tests.unit.fake import Memory, make_layout
 
@@ -27,7 +27,7 @@ def make(scheme=Scheme.ANON_PGOFF, **values):
     memory = Memory()
     values = {"vm_start": 0x7F0000000000, "vm_end": 0x7F0000010000, "vm_flags": PRIVATE, **values}
     memory.put_struct(layout.vma, ADDRESS, values)
-    return read_vma(memory.prog, layout, ADDRESS)
+    return vma_reader(memory.prog, layout)(ADDRESS)
 
 
 def test_both_halves_of_the_offset_count():

@@ -10,10 +10,11 @@ def elf(headers, *, order="<", phentsize=56, phnum=None):
     data = b"\x7fELF\x02" + (b"\x01" if order == "<" else b"\x02") + b"\x01" + bytes(9)
     count = len(headers) if phnum is None else phnum
     data += struct.pack(order + "HHIQQQIHHHHHH", 4, 62, 1, 0, 64, 0, 0, 64, phentsize, count, 0, 0, 0)
-    for type_, offset, physical, size in headers:
-        # The address in the kernel is another, and memory may be larger than what the file has of it.
-        data += struct.pack(order + "IIQQQQQQ", type_, 0, offset, 0xBAD, physical, size, size + 4096, 0)
-    return data
+    # The address in the kernel is another, and memory may be larger than what the file has of it.
+    return data + b"".join(
+        struct.pack(order + "IIQQQQQQ", type_, 0, offset, 0xBAD, physical, size, size + 4096, 0)
+        for type_, offset, physical, size in headers
+    )
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

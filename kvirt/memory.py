@@ -8,8 +8,11 @@ other formats and running kernels among it, is read through drgn.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import mmap
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.elfcore import PT_LOAD, ProgramHeader, read_elf_core
+from kvirt.errors import KvirtError
 
 U64 = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
+Things = npt.NDArray[np.void]
 
 PAGE_BYTES = 4096
 _CACHE_KEY = "kvirt.core"
@@ -31,6 +36,59 @@ _ARRAY_BYTES_MAX = 24 << 20
 # Things side by side in the file that are worth a copy of their own.
 _RUN = 64
 _WINDOWS_MAX = (256 << 20) // _WINDOW
+
+
+_libc = ctypes.CDLL(None)
+_libc.signal.restype, _libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class _BusErrors:
+    """What happens when mapped memory has no file behind it any more, or its disk fails.
+
+    The kernel sends SIGBUS in the middle of an instruction, and again and again until that succeeds: Python's
+    own handlers would never run. This one maps zeros in place of the file, and leaves a note of it.
+    """
+
+    def __init__(self) -> None:
+        self._mapped: tuple[int, int] | None = None
+        self._failed = False
+        # Kept, for what C calls must not be collected.
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._handle)
+        self._before = _libc.signal(signal.SIGBUS, ctypes.cast(self._handler, ctypes.c_void_p))
+
+    def _handle(self, number: int) -> None:
+        if self._mapped is not None:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+            zeros = _libc.mmap(*self._mapped, mmap.PROT_READ, flags, -1, 0)
+            self._failed = True
+            if zeros != _MAP_FAILED:
+                return
+        # Not of this module's making: it comes again, to whom it came before.
+        _libc.signal(number, self._before)
+
+    def copy(self, mapped: tuple[int, int], source: Things, at: Places, out: Things) -> bool:
+        """``out[:] = source[at]``; returns whether that could be read.
+
+        :param mapped: address and size of all that *source* is a part of
+        """
+        self._mapped, self._failed = mapped, False
+        try:
+            _copy(source, at, out)
+        finally:
+            self._mapped = None
+        return not self._failed
+
+
+@functools.cache
+def _bus_errors() -> _BusErrors:
+    return _BusErrors()
 
 
 class Core:
@@ -44,8 +102,11 @@ class Core:
         # A segment can start anywhere in the file. Those on the grid of the largest are read here.
         largest = max(loads, key=lambda load: load.size)
         self._grid = (largest.offset - largest.physical) % PAGE_BYTES
+        self._path = path
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mapped_at = np.frombuffer(self._map, dtype=np.uint8).ctypes.data, len(self._map)
+        self._failed = False
         # Page frame of each segment's first whole page, that behind its last, and where the first is.
         self._runs = []
         for load in loads:
@@ -57,7 +118,7 @@ class Core:
         # glibc takes arrays of more than 128 KiB from the kernel one by one, each page of which is faulted in
         # and cleared, until one that is larger than they has been freed (mallopt(3), M_MMAP_THRESHOLD).
         np.empty(_ARRAY_BYTES_MAX, dtype=np.uint8)
-        self._views: dict[int, npt.NDArray[np.void]] = {}
+        self._views: dict[int, Things] = {}
         self._mapped = np.zeros(len(self._map) // _WINDOW + 1, dtype=bool)
         self._mapped_count = 0
         self._hidden: set[int] = set()
@@ -84,7 +145,7 @@ class Core:
             at[np.isin(frames, np.array(sorted(self._hidden), dtype=np.uint64))] = -1
         return at
 
-    def gather(self, at: Places, size: int) -> npt.NDArray[np.void]:
+    def gather(self, at: Places, size: int) -> Things:
         """Things of *size* bytes, a power of two and a page at most, in an array of their own.
 
         :param at: where they are, in *size* bytes; pages are where :meth:`find` says
@@ -100,13 +161,31 @@ class Core:
         if last - first < _WINDOWS_MAX:
             # As if all between were looked at.
             self._keep_small(slice(first, last + 2))
-            _copy(self._views[size], at, out)
+            self._copy(size, at, out)
             return out
         for start in range(0, len(at), _WINDOWS_MAX // 2):
             part = slice(start, start + _WINDOWS_MAX // 2)
             self._keep_small(np.unique(at[part] >> to_window))
-            _copy(self._views[size], at[part], out[part])
+            self._copy(size, at[part], out[part])
         return out
+
+    def _copy(self, size: int, at: Places, out: Things) -> None:
+        self._failed |= not _bus_errors().copy(self._mapped_at, self._views[size], at, out)
+        if self._failed:
+            self.ensure_whole()
+            raise KvirtError(f"{self._path} could not be read: does its disk or file server fail?")
+
+    def ensure_whole(self) -> None:
+        """See that the file is as long as it was.
+
+        :raises KvirtError: if not, so that nothing that was read lately is to be believed
+        """
+        size = self._map.size()
+        if size < len(self._map):
+            raise KvirtError(
+                f"{self._path} became shorter while it was read: of {len(self._map)} bytes it has {size}; "
+                "check it again when nobody writes to it."
+            )
 
     def _keep_small(self, windows: slice | Places) -> None:
         """Give back what is mapped, if it becomes too much together with what will be."""
@@ -118,7 +197,7 @@ class Core:
         self._mapped[windows] = True
 
 
-def _copy(source: npt.NDArray[np.void], at: Places, out: npt.NDArray[np.void]) -> None:
+def _copy(source: Things, at: Places, out: Things) -> None:
     """``out[:] = source[at]``."""
     breaks = np.flatnonzero(at[1:] - at[:-1] != 1) + 1
     if len(breaks) * _RUN > len(at):

@@ -28,6 +28,7 @@ from kvirt.checks.sorting import DOUBTS, Sorter
 from kvirt.filtered import is_filtered
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
+from kvirt.memory import core_of
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
 from kvirt.mm.i_mmap import FileTrees
 from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf
@@ -141,9 +142,14 @@ class ProcessChecker:
         :param mm: address of its ``struct mm_struct``
         :param progress: is told the number of pages seen since the last call
         :raises drgn.FaultError: if the mm_struct cannot be read
+        :raises KvirtError: if the dump is being changed
         """
         with _no_collection():
-            return self._check(mm, progress)
+            result = self._check(mm, progress)
+        core = core_of(self.prog)
+        if core is not None:
+            core.ensure_whole()
+        return result
 
     def _check(self, mm: int, progress: Callable[[int], None]) -> ProcessResult:
         space = self.read(mm)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Reading a core's memory from its file."""
 
+import os
 import struct
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 
 from kvirt import memory
 from kvirt.elfcore import PT_LOAD
+from kvirt.errors import KvirtError
 from kvirt.memory import core_of, map_core, unmap_core
 from kvirt.mm import memmap
 from kvirt.mm.memmap import read_struct_pages
@@ -50,6 +52,18 @@ def read(core, *frames):
     assert (found == found[:, :1]).all()
     words = iter(found[:, 0].tolist())
     return [next(words) if place >= 0 else None for place in at]
+
+
+@pytest.mark.parametrize("left", [0, OFFSET + 4096, OFFSET + 3 * 4096 - 8])
+def test_file_that_becomes_shorter(tmp_path, left):
+    path = write_core(tmp_path / "core", [(0x10000, pages(1, 2, 3), 0)])
+    core, other = opened(path), opened(write_core(tmp_path / "other", [(0x10000, pages(1, 2, 3), 0)]))
+    os.truncate(path, left)
+    with pytest.raises(KvirtError, match="became shorter while it was read"):
+        core.gather(core.find(np.arange(0x10, 0x13, dtype=np.uint64)), 4096)
+        core.ensure_whole()
+    assert read(other, 0x10, 0x12) == [1, 3]
+    other.ensure_whole()
 
 
 def test_pages_of_several_segments_in_any_order(tmp_path):

@@ -20,6 +20,7 @@ def measure_vmas(kernel: Kernel, rounds: int, report: Report, show: Show) -> dic
     document: dict[str, Any] = {}
     rows: list[list[str]] = []
     for shape, sizes in SIZES.items():
+        smaller = None
         for size in sizes:
             name = NAMES[shape].format(size)
             with (
@@ -27,16 +28,27 @@ def measure_vmas(kernel: Kernel, rounds: int, report: Report, show: Show) -> dic
                 step(report, f"Looking at {name}", "vmas"),
             ):
                 document[f"{shape} {size}"] = measured = dump.measure(rounds, "check-pid", "lists")
-            rows.append(_row(name, measured["ways"]))
-    headers = ["", "VMAs", "AVCs", "check-pid s", "us each", "plain lists s", "us each"]
+            rows.append(_row(name, measured["ways"], smaller))
+            smaller = measured["ways"]
+    headers = ["", "VMAs", "AVCs", "check-pid s", "us each", "growth", "plain lists s", "us each"]
     show("VMAs and anon_vma_chains (us for each VMA or AVC)", rows, headers)
     return document
 
 
-def _row(name: str, ways: dict[str, Any]) -> list[str]:
-    vmas, avcs = ways["lists"]["vmas"], ways["lists"]["avcs"]
-    cells = [name, f"{vmas:,}", f"{avcs:,}"]
-    for way in ("check-pid", "lists"):
-        took = statistics.median(ways[way]["seconds"])
-        cells += [f"{took:.2f}", f"{took / (vmas + avcs) * 1e6:.0f}"]
-    return cells
+def _row(name: str, ways: dict[str, Any], smaller: dict[str, Any] | None) -> list[str]:
+    """One size's figures.
+
+    :param smaller: those of the size before, which this one has grown from
+    """
+    check, lists = (statistics.median(ways[way]["seconds"]) for way in ("check-pid", "lists"))
+    each = [f"{seconds / _number(ways) * 1e6:.0f}" for seconds in (check, lists)]
+    growth = ""
+    if smaller is not None:
+        before = statistics.median(smaller["check-pid"]["seconds"])
+        growth = f"{_number(ways) / _number(smaller):.1f} x as many: {check / before:.1f} x the time"
+    counts = [f"{ways['lists'][what]:,}" for what in ("vmas", "avcs")]
+    return [name, *counts, f"{check:.2f}", each[0], growth, f"{lists:.2f}", each[1]]
+
+
+def _number(ways: dict[str, Any]) -> int:
+    return int(ways["lists"]["vmas"] + ways["lists"]["avcs"])

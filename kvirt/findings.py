@@ -6,8 +6,12 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kvirt.mm.vma import Vma
+from kvirt.limits import MAX_FINDINGS
+
+if TYPE_CHECKING:
+    from kvirt.mm.vma import Vma
 
 
 class Severity(enum.StrEnum):
@@ -100,8 +104,6 @@ class TaskReport:
 
 # The invariants by which PageCounts.verified pages are judged.
 INDEX_IDS = frozenset({"FOLIO-INDEX", "KSM-INDEX"})
-# Findings, and sentences about what could not be checked, that a report keeps if not told otherwise.
-MAX_FINDINGS = 1000
 
 
 @dataclass(slots=True)

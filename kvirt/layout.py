@@ -15,6 +15,7 @@ from operator import itemgetter
 import drgn
 import numpy as np
 
+from kvirt.architecture import check_architecture
 from kvirt.errors import KvirtError
 from kvirt.pgtable import PageTables, arm64, x86_64
 from kvirt.scheme import VM_FLAG_BITS, Scheme, detect_scheme
@@ -716,27 +717,6 @@ def _x86_64(prog: drgn.Program) -> tuple[PageTables, int]:
 
 # How a kernel of an architecture tells what its page tables look like, and its MAX_PHYSMEM_BITS.
 _PAGE_TABLES = {drgn.Architecture.X86_64: _x86_64, drgn.Architecture.AARCH64: _arm64}
-
-
-def check_architecture(platform: drgn.Platform | None) -> drgn.Architecture:
-    """Refuse what is not of an architecture that kvirt reads.
-
-    :raises KvirtError: naming it
-    """
-    if platform is None:
-        raise KvirtError(
-            "It is not known which architecture this kernel is of; kvirt reads x86-64 and arm64 ones."
-        )
-    arch = platform.arch
-    if arch not in _PAGE_TABLES or not platform.flags & drgn.PlatformFlags.IS_LITTLE_ENDIAN:
-        name = arch.name.lower()
-        if arch in _PAGE_TABLES:
-            name = f"big-endian {name}"
-        raise KvirtError(
-            f"This kernel is of the architecture {name}; this version of kvirt reads x86-64 and arm64 "
-            "(aarch64, little-endian) ones only, because page tables differ."
-        )
-    return arch
 
 
 def read_layout(prog: drgn.Program) -> Layout:

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import drgn
 
+from kvirt.architecture import check_architecture
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
 from kvirt.filtered import mark_filtered
-from kvirt.finders import use_btf
-from kvirt.layout import check_architecture
-from kvirt.memory import map_core
 from kvirt.pause import Pause, connect
 
 # drgn reports what it looked for and missed through this logger. What matters of it is said by the
@@ -102,7 +100,6 @@ def _open_core(path: Path) -> drgn.Program:
                 raise
             prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
             prog.set_core_dump(path)
-        map_core(prog, path)
         mark_filtered(prog, path)
         return prog
     except FileNotFoundError:
@@ -218,6 +215,13 @@ def _load_dwarf(prog: drgn.Program, symbols: Sequence[Path], finders: Sequence[s
         )
 
 
+def _use_btf(prog: drgn.Program) -> None:
+    # It takes long to import, and most have debug information.
+    from kvirt.finders import use_btf
+
+    use_btf(prog)
+
+
 def _load_types(prog: drgn.Program, symbols: Sequence[Path], types: str) -> str:
     """Load types and symbols, and tell from where: "dwarf" or "btf"."""
     if types == "btf":
@@ -226,7 +230,7 @@ def _load_types(prog: drgn.Program, symbols: Sequence[Path], types: str) -> str:
                 "--types btf takes types and symbols from the kernel itself: leave out --symbols, or read "
                 "the debug file with --types dwarf."
             )
-        use_btf(prog)
+        _use_btf(prog)
         return "btf"
     if types == "dwarf" or symbols:
         _load_dwarf(prog, symbols)
@@ -239,7 +243,7 @@ def _load_types(prog: drgn.Program, symbols: Sequence[Path], types: str) -> str:
     except _NoDebugInfoError as error:
         missing = str(error)
     try:
-        use_btf(prog)
+        _use_btf(prog)
         return "btf"
     except KvirtError as error:
         without = str(error)
@@ -282,10 +286,20 @@ def open_target(
     check_architecture(prog.platform)
     try:
         used = _load_types(prog, symbols, types)
+        # drgn goes through debug information when it is first asked, and lets other threads run meanwhile.
+        with contextlib.suppress(LookupError):
+            prog.type("struct vm_area_struct")
     except (drgn.FaultError, LookupError, ValueError) as error:
         raise KvirtError(
             f"{location} cannot be read far enough to find its kernel ({error}): is the dump complete?"
         ) from None
+    if core is not None:
+        # numpy takes long to import, and may have been by now.
+        from kvirt.memory import map_core
+
+        # A file that cannot be mapped is read by drgn alone.
+        with contextlib.suppress(OSError):
+            map_core(prog, core)
     if qemu is not None and pause:
         # Types take longer than all the rest, and do not change.
         stopped = Pause(connection)

@@ -11,10 +11,9 @@ from drgn.helpers.linux.pid import find_task, pid_task
 from kvirt.errors import KvirtError
 from kvirt.filtered import filtered_error, is_filtered
 from kvirt.layout import PF_KTHREAD
+from kvirt.limits import PID_MAX_LIMIT
 from kvirt.mm.xarray import xa_for_each
 
-# PID_MAX_LIMIT, include/linux/threads.h
-PID_MAX_LIMIT = 1 << 22
 # How often a table of PIDs that cannot be followed is read while the kernel runs.
 TRIES = 5
 

@@ -15,8 +15,9 @@ from kvirt.checks.sorting import HWPOISON
 from kvirt.checks.task import check_task
 from kvirt.errors import KvirtError
 from kvirt.filtered import is_filtered, why_filtered
-from kvirt.findings import MAX_FINDINGS, Report, TaskReport
+from kvirt.findings import Report, TaskReport
 from kvirt.layout import Layout
+from kvirt.limits import MAX_FINDINGS
 from kvirt.tasks import Process, find_process, for_each_process
 
 # A process that calls exec again and again is followed so many times.

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
-from kvirt.checks.machine import MachineChecker
 from kvirt.cli.basics import format_option
 from kvirt.cli.common import (
     dump_log,
@@ -17,9 +17,9 @@ from kvirt.cli.common import (
     say_incomplete,
     strict_option,
 )
-from kvirt.findings import Report, TaskReport
-from kvirt.render.json import check_document
-from kvirt.render.table import machine_table
+
+if TYPE_CHECKING:
+    from kvirt.findings import Report, TaskReport
 
 
 def _until_interrupted(tasks: Iterator[TaskReport], report: Report) -> Iterator[TaskReport]:
@@ -48,6 +48,12 @@ def command(ctx: click.Context, strict: bool, max_findings: int, format_: str) -
     something could not be checked. Processes that exit meanwhile are counted, and do not matter to it.
     """
     target, layout = open_kernel(ctx)
+
+    from kvirt.checks.machine import MachineChecker
+    from kvirt.findings import Report
+    from kvirt.render.json import check_document
+    from kvirt.render.table import machine_table
+
     report, log = Report(max_findings), dump_log(target, layout)
     checker = MachineChecker(target.prog, layout, moves=target.moves)
     with machine_progress() as progress:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import click
 
-from kvirt.checks.process import ProcessChecker
-from kvirt.checks.task import check_task
 from kvirt.cli.basics import format_option
 from kvirt.cli.common import (
     PID,
@@ -18,10 +16,6 @@ from kvirt.cli.common import (
     strict_option,
 )
 from kvirt.filtered import why_filtered
-from kvirt.findings import Report
-from kvirt.render.json import check_document
-from kvirt.render.table import check_table
-from kvirt.tasks import find_process
 
 
 @click.command("check-pid")
@@ -43,6 +37,14 @@ def command(
     something could not be checked.
     """
     target, layout = open_kernel(ctx)
+
+    from kvirt.checks.process import ProcessChecker
+    from kvirt.checks.task import check_task
+    from kvirt.findings import Report
+    from kvirt.render.json import check_document
+    from kvirt.render.table import check_table
+    from kvirt.tasks import find_process
+
     checker = ProcessChecker(target.prog, layout, moves=target.moves)
     processes = [find_process(target.prog, pid) for pid in pids]
     report = Report(max_findings)

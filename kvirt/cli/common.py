@@ -3,25 +3,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from kvirt.checks.machine import Progress
 from kvirt.cli import TargetOptions
 from kvirt.cli.basics import F, busy
 from kvirt.errors import printable
-from kvirt.findings import MAX_FINDINGS, Report
-from kvirt.klog import KernelLog, read_log
-from kvirt.layout import Layout, layout_of
-from kvirt.pause import Pause
-from kvirt.target import Target, open_target
-from kvirt.tasks import PID_MAX_LIMIT
+from kvirt.limits import MAX_FINDINGS, PID_MAX_LIMIT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvirt.checks.machine import Progress
+    from kvirt.findings import Report
+    from kvirt.klog import KernelLog
+    from kvirt.layout import Layout
+    from kvirt.pause import Pause
+    from kvirt.target import Target
 
 PID = click.IntRange(min=1, max=PID_MAX_LIMIT)
 
@@ -43,13 +50,36 @@ def max_findings_option(function: F) -> F:
     )(function)
 
 
+# numpy.unique() imports numpy.ma.
+_THE_REST = ("numpy.ma", "tabulate", "kvirt.checks.machine", "kvirt.render.json", "kvirt.render.table")
+
+
+def _import_the_rest() -> None:
+    # Whoever imports one of these again meets the same error, and says so.
+    with contextlib.suppress(Exception):
+        for module in _THE_REST:
+            importlib.import_module(module)
+        importlib.import_module("kvirt.checks.registry").every_check()
+
+
 def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
-    """Open the target named before the command, and learn its kernel's layout."""
+    """Open the target named before the command, and learn its kernel's layout.
+
+    drgn is busy with the kernel's debug information for longer than it takes to import what commands need
+    then, numpy above all. So that is done meanwhile, and commands import it when they have the kernel.
+    """
+    from kvirt.target import open_target
+
     options = ctx.find_object(TargetOptions) or TargetOptions()
+    meanwhile = threading.Thread(target=_import_the_rest)
+    meanwhile.start()
     with busy("reading the kernel's types"):
         target = open_target(options.core, options.qemu, options.symbols, options.types, pause=options.pause)
         if target.pause is not None:
             ctx.call_on_close(partial(_resume, target.pause, options.qemu))
+        meanwhile.join()
+        from kvirt.layout import layout_of
+
         return target, layout_of(target.prog)
 
 
@@ -63,7 +93,11 @@ def _resume(pause: Pause, path: Path | None) -> None:
 
 def dump_log(target: Target, layout: Layout) -> KernelLog | None:
     """What the log of a dump or a paused guest says of memory; None if the kernel runs, and dmesg has it."""
-    return None if target.moves else read_log(target.prog, layout)
+    if target.moves:
+        return None
+    from kvirt.klog import read_log
+
+    return read_log(target.prog, layout)
 
 
 def say_incomplete(report: Report) -> None:

@@ -5,13 +5,8 @@ from __future__ import annotations
 
 import click
 
-from kvirt.checks.process import ProcessChecker
-from kvirt.checks.task import list_vmas
 from kvirt.cli.basics import format_option
 from kvirt.cli.common import PID, open_kernel
-from kvirt.render.json import vmas_document
-from kvirt.render.table import vmas_table
-from kvirt.tasks import find_process
 
 
 @click.command("vmas")
@@ -25,6 +20,13 @@ def command(ctx: click.Context, pid: int, format_: str) -> None:
     place. A displaced VMA is not broken: a moved one is, and the stack of every process.
     """
     target, layout = open_kernel(ctx)
+
+    from kvirt.checks.process import ProcessChecker
+    from kvirt.checks.task import list_vmas
+    from kvirt.render.json import vmas_document
+    from kvirt.render.table import vmas_table
+    from kvirt.tasks import find_process
+
     process = find_process(target.prog, pid)
     space, rows = list_vmas(ProcessChecker(target.prog, layout, moves=target.moves), process)
     render = vmas_document if format_ == "json" else vmas_table

@@ -2,8 +2,9 @@
 import drgn
 import pytest
 
+from kvirt.architecture import check_architecture
 from kvirt.errors import KvirtError
-from kvirt.layout import arm64_marks, check_architecture, swap_type_names
+from kvirt.layout import arm64_marks, swap_type_names
 from kvirt.scheme import Scheme, detect_scheme
 
 OLD = ["vm_start", "vm_pgoff", "vm_file"]

@@ -9,9 +9,9 @@ import sys
 from functools import partial
 from typing import Any
 
-from kvirt.lab.bench.dumps import Dump, Memory, Show, dumped
+from kvirt.lab.bench.dumps import PATIENCE, Dump, Memory, Show, dumped, memory_of
 from kvirt.lab.bench.turns import take_turns
-from kvirt.lab.guest import GuestError
+from kvirt.lab.guest import Guest, GuestError
 from kvirt.lab.kernels import Kernel
 from kvirt.lab.progress import Report, step
 from kvirt.lab.tree import TREE
@@ -29,6 +29,7 @@ prog.set_core_dump(sys.argv[1])
 prog.load_debug_info([sys.argv[2]])
 prog["init_task"].comm
 """
+TYPES = ("DWARF", "BTF")
 # Pages of the small process.
 PAGES = 256
 
@@ -44,25 +45,46 @@ def measure_commands(kernel: Kernel, rounds: int, report: Report, show: Show) ->
         for median in [statistics.median(seconds)]
     ]
     show("Starting kvirt", rows, ["", "median ms", "beyond python3 -c pass"])
-    with dumped(kernel, Memory("contiguous", PAGES), report, "elf") as [dump]:
+    small = Memory("contiguous", PAGES)
+    with dumped(kernel, small, report, "elf") as [dump]:
         ways = _ways(dump)
         with step(report, f"Checking a small process, {rounds} rounds", "commands"):
             verdicts = _take_turns(ways, rounds)
-    load, check = (statistics.median(verdicts[name]) for name in ways)
-    rows = [
-        ["drgn loads the symbols", f"{load:.2f}", ""],
-        ["kvirt check-pid", f"{check:.2f}", f"{check / load - 1:+.0%}"],
+    load, *checks = (statistics.median(verdicts[name]) for name in ways)
+    rows = [["drgn loads the symbols", f"{load:.2f}", ""]]
+    rows += [
+        [f"kvirt check-pid, types from {types}", f"{check:.2f}", f"{check / load - 1:+.0%}"]
+        for types, check in zip(TYPES, checks, strict=True)
     ]
     show(f"A process of {PAGES} pages in a dump", rows, ["", "median s", "beyond loading"])
-    return {"starts": starts, "verdicts": verdicts}
+    with memory_of(kernel, small, report) as (guest, [pid]):
+        runs = {
+            types: partial(_run_inside, guest, ["--types", types.lower(), "check-pid", str(pid)])
+            for types in TYPES
+        }
+        with step(report, f"Checking it in the running guest, {rounds} rounds", "commands"):
+            live = take_turns(runs, rounds)
+    dwarf, btf = (statistics.median(live[types]) for types in TYPES)
+    rows = [
+        ["kvirt check-pid, types from DWARF", f"{dwarf:.1f}", ""],
+        ["kvirt check-pid, types from BTF", f"{btf:.1f}", f"{dwarf / btf:.1f} times faster"],
+    ]
+    show("The same in the running guest", rows, ["", "median s", ""])
+    return {"starts": starts, "verdicts": verdicts, "live": live}
 
 
 def _ways(dump: Dump) -> dict[str, list[str]]:
     core, vmlinux = str(dump.core), str(dump.vmlinux)
+    check = ["check-pid", str(dump.pids[0])]
     return {
         "load": [sys.executable, "-c", LOAD, core, vmlinux],
-        "check-pid": [*KVIRT, "-c", core, "-s", vmlinux, "check-pid", str(dump.pids[0])],
+        "DWARF": [*KVIRT, "-c", core, "-s", vmlinux, *check],
+        "BTF": [*KVIRT, "-c", core, "--types", "btf", *check],
     }
+
+
+def _run_inside(guest: Guest, argv: list[str]) -> None:
+    guest.run(["kvirt", *argv], timeout=PATIENCE, check=True)
 
 
 def _take_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:

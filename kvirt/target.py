@@ -289,7 +289,7 @@ def open_target(
         # drgn goes through debug information when it is first asked, and lets other threads run meanwhile.
         with contextlib.suppress(LookupError):
             prog.type("struct vm_area_struct")
-    except (drgn.FaultError, LookupError, ValueError) as error:
+    except (drgn.FaultError, drgn.BadDataError, LookupError, ValueError) as error:
         raise KvirtError(
             f"{location} cannot be read far enough to find its kernel ({error}): is the dump complete?"
         ) from None

@@ -214,16 +214,16 @@ def mm(scene):
 
 def tables(scene):
     """Physical addresses of the process's page tables."""
-    mask = scene.layout.physical_mask & ~4095
+    pgtable = scene.layout.pgtable
     found = []
     data = scene.prog.read(scene.space.pgd, 2048)
     level = [int.from_bytes(data[i : i + 8], "little") for i in range(0, 2048, 8)]
-    for _ in range(scene.layout.pgtable_levels - 1):
+    for _ in range(pgtable.levels - 1):
         below = []
         for entry in level:
             if entry & 0x81 == 1 and len(found) < 400:
-                found.append(entry & mask)
-                data = scene.prog.read(entry & mask, 4096, True)
+                found.append(pgtable.physical(entry))
+                data = scene.prog.read(found[-1], 4096, True)
                 below += [int.from_bytes(data[i : i + 8], "little") for i in range(0, 4096, 8)]
         level = below
     return found

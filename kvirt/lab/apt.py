@@ -127,17 +127,17 @@ def suite_source(suite: str) -> Source:
 class Suite:
     """One Debian suite: its package names, and downloads from it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, architecture: str = "amd64") -> None:
         self.name = name
-        self._dir = cache_dir() / "apt" / name
+        self._dir = cache_dir() / "apt" / (name if architecture == "amd64" else f"{name}-{architecture}")
         self._config = {
             "Dir::Etc::SourceList": str(self._dir / "mirror.sources"),
             "Dir::Etc::SourceParts": "/dev/null",
             "Dir::State::Lists": str(self._dir / "lists"),
             "Dir::State::Status": "/dev/null",
             "Dir::Cache": str(self._dir / "cache"),
-            "APT::Architecture": "amd64",
-            "APT::Architectures": "amd64",
+            "APT::Architecture": architecture,
+            "APT::Architectures": architecture,
             "APT::Sandbox::User": "root",
             "Acquire::Languages": "none",
             # An index that is past its date still has its signature, and old kernels do no harm here.

@@ -28,6 +28,7 @@ PACKAGES = {
     "fallocate": "util-linux",
     "make": "make",
     "mmdebstrap": "mmdebstrap",
+    "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
     "tar": "tar",

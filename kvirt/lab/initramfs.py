@@ -71,7 +71,8 @@ def archive(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     return b"".join([*files, entry("TRAILER!!!", 0)])
 
 
-def _module(path: Path) -> bytes:
+def module(path: Path) -> bytes:
+    """Return the contents of a module's file, whose name says how it is compressed."""
     if path.suffix == ".ko":
         return path.read_bytes()
     if path.suffix == ".xz":
@@ -96,7 +97,7 @@ def build(modules: Path, target: Path, report: Report) -> None:
                 f"Debian's {PACKAGE} has no busybox: report this, with the version of the package."
             )
         paths = [modules / path for path in in_order((modules / "modules.dep").read_text())]
-        loaded = [(path.name.partition(".")[0] + ".ko", _module(path)) for path in paths]
+        loaded = [(path.name.partition(".")[0] + ".ko", module(path)) for path in paths]
         partial = scratch / target.name
         partial.write_bytes(archive(found[0].read_bytes(), loaded))
         partial.rename(target)

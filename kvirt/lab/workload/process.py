@@ -19,7 +19,8 @@ from kvirt.lab.procfs import PAGE_SIZE, PM_SWAPPED, read_pagemap
 from kvirt.lab.workload import syscalls as sc
 from kvirt.lab.workload.regions import COW, Region, join, page_range
 
-CARVE_OUT = 256 << 20
+# What is aligned to huge pages grows with the square of a page.
+CARVE_OUT = PAGE_SIZE**2 << 4
 # The largest PMD-mapped page of the architectures with 4K pages; slots of huge pages align to it.
 HUGE_ALIGN = 2 << 20
 # Nothing may take longer, not even on an emulated machine.

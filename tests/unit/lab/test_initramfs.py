@@ -75,6 +75,6 @@ def test_kernels_that_need_one(tmp_path):
 def test_compressed_modules(tmp_path):
     path = tmp_path / "virtio.ko.xz"
     path.write_bytes(lzma.compress(b"module"))
-    assert initramfs._module(path) == b"module"
+    assert initramfs.module(path) == b"module"
     with pytest.raises(KvirtError, match="compressed in a way"):
-        initramfs._module(tmp_path / "virtio.ko.zst")
+        initramfs.module(tmp_path / "virtio.ko.zst")

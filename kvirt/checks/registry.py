@@ -232,7 +232,8 @@ class PageBatch:
         # Neighbours mostly agree: judge each run of the same VMA and anon_vma once.
         begins = _changes(on)
         if not is_constant(rows):
-            begins = np.union1d(begins, _changes(rows))
+            # What is in both makes an empty run. (numpy.union1d() would import numpy.ma.)
+            begins = np.sort(np.concatenate((begins, _changes(rows))))
         verdicts: dict[tuple[int, int], bool] = {}
         begin = 0
         for end in [*begins.tolist(), len(on)] if len(on) else ():

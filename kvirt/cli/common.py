@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import threading
 import time
@@ -50,8 +51,11 @@ def max_findings_option(function: F) -> F:
     )(function)
 
 
-# numpy.unique() imports numpy.ma.
-_THE_REST = ("numpy.ma", "tabulate", "kvirt.checks.machine", "kvirt.render.json", "kvirt.render.table")
+_THE_REST = ("tabulate", "kvirt.checks.machine", "kvirt.render.json", "kvirt.render.table")
+
+
+# drgn's plugins that give its own command line commands, and import all of its helpers for them.
+_NO_PLUGINS = ("builtin_commands", "crash_commands")
 
 
 def _import_the_rest() -> None:
@@ -71,6 +75,8 @@ def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
     from kvirt.target import open_target
 
     options = ctx.find_object(TargetOptions) or TargetOptions()
+    disabled = os.environ.get("DRGN_DISABLE_PLUGINS")
+    os.environ["DRGN_DISABLE_PLUGINS"] = ",".join([*([disabled] if disabled else []), *_NO_PLUGINS])
     meanwhile = threading.Thread(target=_import_the_rest)
     meanwhile.start()
     with busy("reading the kernel's types"):

@@ -23,6 +23,7 @@ from drgn.helpers.linux.list import list_for_each_entry
 
 from kvirt.btf import Btf, Kind, kernel_btf
 from kvirt.errors import KvirtError
+from kvirt.vmcoreinfo import vmcoreinfo_number
 
 FINDER = "btf"
 """Name of the finders in drgn."""
@@ -211,11 +212,20 @@ def _at_symbol(prog: drgn.Program, name: str, type_: drgn.Type | str) -> drgn.Ob
 
 
 def _vmemmap(prog: drgn.Program) -> drgn.Object | None:
-    """The array of all struct pages (arch/x86/include/asm/pgtable_64.h: VMEMMAP_START)."""
+    """The array of all struct pages.
+
+    VMEMMAP_START in arch/x86/include/asm/pgtable_64.h, vmemmap in arch/arm64/include/asm/pgtable.h.
+    """
     try:
         base = prog.read_u64(prog.symbol("vmemmap_base").address)
     except LookupError:
-        return None
+        start, first = (vmcoreinfo_number(prog, name) for name in ("VMEMMAP_START", "PHYS_OFFSET"))
+        if start is None or first is None:
+            return None
+        # memstart_addr has a sign.
+        first -= (first >> 63) << 64
+        page = drgn.sizeof(prog.type("struct page"))
+        base = start - (first >> prog["PAGE_SHIFT"].value_()) * page & (1 << 64) - 1
     return drgn.Object(prog, "struct page *", base)
 
 

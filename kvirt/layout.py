@@ -20,6 +20,7 @@ from kvirt.errors import KvirtError
 from kvirt.pgtable import PageTables, arm64, x86_64
 from kvirt.scheme import VM_FLAG_BITS, Scheme, detect_scheme
 from kvirt.snapshot import Readable
+from kvirt.vmcoreinfo import vmcoreinfo_number
 
 
 @dataclass(frozen=True)
@@ -645,10 +646,9 @@ def _page_flag(prog: drgn.Program, name: str) -> int:
 
 def _vmcoreinfo(prog: drgn.Program, name: str) -> int:
     """A number of VMCOREINFO, which decides what debug information does not have."""
-    for line in prog["VMCOREINFO"].string_().decode().splitlines():
-        key, _, value = line.partition("=")
-        if key == f"NUMBER({name})":
-            return int(value, 0)
+    number = vmcoreinfo_number(prog, name)
+    if number is not None:
+        return number
     raise KvirtError(
         f"This kernel's VMCOREINFO has no {name}, which tells what its page tables look like: "
         "this version of kvirt does not know such a kernel; please report its version."

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -144,8 +142,7 @@ class ProcessChecker:
         :raises drgn.FaultError: if the mm_struct cannot be read
         :raises KvirtError: if the dump is being changed
         """
-        with _no_collection():
-            result = self._check(mm, progress)
+        result = self._check(mm, progress)
         core = core_of(self.prog)
         if core is not None:
             core.ensure_whole()
@@ -427,21 +424,6 @@ class ProcessChecker:
                     message = f"{finding.message} (in the mm {vma.vm_mm:#x}, which no task has)"
                     finding = replace(finding, message=message)
             yield finding
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nobody looks for cycles of garbage meanwhile.
-
-    There are none in what is read of a process, and the more of it there is, the longer that would take.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _finding(check: Check, severity: Severity, violation: Violation, vma: Vma | None) -> Finding:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import drgn
@@ -50,6 +52,21 @@ def list_vmas(checker: ProcessChecker, process: Process) -> tuple[AddressSpace, 
     return space, rows
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nobody looks for cycles of garbage meanwhile.
+
+    There are none in what is read of a process, and the more of it there is, the longer that would take.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def check_task(
     checker: ProcessChecker,
     process: Process,
@@ -66,9 +83,10 @@ def check_task(
     who = f"PID {process.pid} ({process.comm})"
     fault = None
     try:
-        result = checker.check(process.mm, progress)
-        if rows:
-            report.vmas = vma_rows(checker.prog, result.space)
+        with _no_collection():
+            result = checker.check(process.mm, progress)
+            if rows:
+                report.vmas = vma_rows(checker.prog, result.space)
     except drgn.FaultError as error:
         fault = error
     if checker.moves and _is_gone(checker.prog, process):

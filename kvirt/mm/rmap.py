@@ -131,17 +131,17 @@ class Records:
         :param known: what was read already and is to be taken as it was
         """
         self.memory = memory
-        self._layout = layout
         self.vmas: Table[Vma] = Table(vma_reader(memory, layout), known.vmas if known else None)
         self.avcs: Table[AnonVmaChain] = Table(avc_reader(memory, layout), known.avcs if known else None)
         self.anon_vmas: Table[AnonVma] = Table(
             anon_vma_reader(memory, layout), known.anon_vmas if known else None
         )
-        self.chains: Table[Chain] = Table(self._chain, known.chains if known else None)
+        # By what it needs, and not by a method: nothing here is to be left for the collector of cycles.
+        vmas, avcs = self.vmas, self.avcs
+        self.chains: Table[Chain] = Table(
+            lambda vma: for_each_avc(avcs, layout, vmas[vma]), known.chains if known else None
+        )
         """Chain of each VMA, by the VMA's address."""
-
-    def _chain(self, vma: int) -> Chain:
-        return for_each_avc(self.avcs, self._layout, self.vmas[vma])
 
 
 def for_each_avc(avcs: Mapping[int, AnonVmaChain], layout: Layout, vma: Vma) -> Chain:

@@ -43,7 +43,11 @@ _VARIABLES: Mapping[str, str] = {
     "init_pid_ns": "struct pid_namespace",
     "init_mm": "struct mm_struct",
     "init_task": "struct task_struct",
-    # kernel/cpu.c, mm/percpu.c
+    # kernel/cpu.c, mm/percpu.c, mm/page_alloc.c. drgn takes a missing number of processors or nodes for one.
+    "nr_cpu_ids": "unsigned int",
+    "nr_node_ids": "unsigned int",
+    "node_states": "nodemask_t []",
+    "node_data": "struct pglist_data *[]",
     "__cpu_online_mask": "struct cpumask",
     "__cpu_possible_mask": "struct cpumask",
     "__cpu_present_mask": "struct cpumask",
@@ -61,6 +65,17 @@ _VARIABLES: Mapping[str, str] = {
     "zero_pfn": "unsigned long",
     "huge_zero_pfn": "unsigned long",
     "high_memory": "void *",
+    # arch/x86/kernel/head64.c, mm/sparse.c
+    "phys_base": "unsigned long",
+    "page_offset_base": "unsigned long",
+    "vmalloc_base": "unsigned long",
+    "mem_section": "struct mem_section **",
+    "max_pfn": "unsigned long",
+    "max_low_pfn": "unsigned long",
+    # mm/vmstat.c, mm/swapfile.c
+    "vm_zone_stat": "atomic_long_t []",
+    "vm_node_stat": "atomic_long_t []",
+    "total_swap_pages": "long",
     # mm/page_alloc.c, mm/slab_common.c
     "_totalram_pages": "atomic_long_t",
     "slab_caches": "struct list_head",
@@ -113,14 +128,19 @@ class _Types:
             return prog.pointer_type(target)
         if kind == Kind.TYPEDEF:
             return prog.typedef_type(btf.name(type_id), target)
+        if kind == Kind.TYPE_TAG:
+            return target
         qualifiers = {
             Kind.CONST: drgn.Qualifiers.CONST,
             Kind.VOLATILE: drgn.Qualifiers.VOLATILE,
             Kind.RESTRICT: drgn.Qualifiers.RESTRICT,
         }
-        # Tags and whatever else there will be say something about a type, and leave it what it is.
-        qualifier = qualifiers.get(Kind(kind))
-        return target if qualifier is None else target.qualified(target.qualifiers | qualifier)
+        if kind not in list(qualifiers):
+            raise KvirtError(
+                f"The kernel's type information (BTF) has a type of kind {kind}, which this version of kvirt "
+                "does not know: give the kernel's vmlinux with --symbols, and report its version."
+            )
+        return target.qualified(target.qualifiers | qualifiers[Kind(kind)])
 
     def _tagged(self, type_id: int, kind: int) -> drgn.Type:
         prog, btf = self._prog, self._btf
@@ -298,7 +318,12 @@ def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
     try:
         index: SymbolFinder = load_vmlinux_kallsyms(prog)
         return index
-    except (LookupError, ValueError, OSError, drgn.FaultError) as error:
+    except Exception as error:  # drgn has one of its own for each way in which the table can be wrong
+        if b"SYMBOL(kallsyms_names)" in prog["VMCOREINFO"].string_():
+            raise KvirtError(
+                f"The kernel's own table of symbols cannot be read ({error}): the dump is truncated or "
+                "damaged; give its vmlinux with --symbols, or take the dump again."
+            ) from None
         raise KvirtError(
             f"The kernel's symbols cannot be found without its vmlinux ({error}): its VMCOREINFO has to tell "
             "of kallsyms, as Linux 6.0 and later do; give the vmlinux with --symbols."
@@ -356,6 +381,9 @@ def use_module_btf(prog: drgn.Program, module: str) -> None:
     :param module: its name, with underscores
     :raises KvirtError: if it is not loaded, or is without BTF
     """
+    name = f"{FINDER}-{module}"
+    if name in prog.registered_type_finders():
+        return
     # kernel/bpf/btf.c: btf_modules
     modules = drgn.Object(prog, "struct list_head", address=prog.symbol("btf_modules").address)
     for entry in islice(
@@ -365,6 +393,6 @@ def use_module_btf(prog: drgn.Program, module: str) -> None:
         if btf.name.string_().decode(errors="replace") == module:
             data = prog.read(btf.data.value_(), btf.data_size.value_())
             # Behind the kernel's own: a module may have a structure of the same name.
-            _register(prog, f"{FINDER}-{module}", Btf(data, read_btf(prog)), -1)
+            _register(prog, name, Btf(data, read_btf(prog)), -1)
             return
     raise KvirtError(f"No module {module} with types of its own is loaded in this kernel.")

@@ -7,6 +7,7 @@ Only what the kernel printed is believed: lines that somebody wrote to /dev/kmsg
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -94,7 +95,7 @@ class KernelLog:
 
 # Where a WARN() or BUG() has to stand to be about memory.
 _FILES = (
-    r"(?:\./)?(?:mm/|arch/\w+/mm/|arch/\w+/include/asm/pg|fs/(?:exec|userfaultfd|hugetlbfs/inode)\.c|"
+    r"(?:\.{1,2}/)*(?:mm/|arch/\w+/mm/|arch/\w+/include/asm/pg|fs/(?:exec|userfaultfd|hugetlbfs/inode)\.c|"
     r"kernel/(?:fork|events/uprobes)\.c|include/(?:linux|asm-generic)/(?:mm|rmap|pg|page|huge|swap|leafops|"
     r"maple|interval|ksm|memcontrol|userfaultfd))"
 )
@@ -102,7 +103,7 @@ _FILES = (
 # include/asm-generic; print_bad_page_map() in mm/memory.c, bad_page() in mm/page_alloc.c, check_mm() in
 # kernel/fork.c.
 _HEADLINE = re.compile(
-    rf"WARNING: (?:CPU: \d+ PID: (?P<pid>\d+) at )?{_FILES}\S*:\d+ "
+    rf"WARNING: (?:CPU: \d+ PID: (?P<pid>\d+) at )?(?:\[.*?\] )?{_FILES}\S*:\d+ "
     r"(?:.*, CPU#\d+: (?P<who>.+)/(?P<tid>\d+)$)?"
     rf"|kernel BUG at {_FILES}\S*:\d+!"
     rf"|{_FILES}\S*:\d+: bad p[g4um]?[dt]e? "
@@ -221,12 +222,14 @@ def read_lines(prog: drgn.Program, how: PrintkLayout) -> Iterator[LogLine]:
     used = (ring["head_id"] - ring["tail_id"] & _ID_MASK) + 1
     if used > count:
         raise KvirtError("it is damaged")
+    told = 0
     for id_ in range(ring["tail_id"], ring["tail_id"] + used):
         at = id_ & (count - 1)
         desc = how.desc.decode(descs[at * how.desc.size : (at + 1) * how.desc.size])
         state = desc["state_var"] >> _STATE_SHIFT
         if desc["state_var"] & _ID_MASK != id_ & _ID_MASK or state not in (_COMMITTED, _FINALIZED):
             continue
+        told += 1
         begin, end = desc["begin"], desc["next"]
         if begin & 1 or end & 1:
             # A line without text.
@@ -238,6 +241,9 @@ def read_lines(prog: drgn.Program, how: PrintkLayout) -> Iterator[LogLine]:
         if info["facility"] == _LOG_KERN:
             for text in data[first + 8 : last].decode(errors="backslashreplace").splitlines():
                 yield LogLine(info["ts_nsec"], info["caller_id"], text.rstrip())
+    if not told:
+        # Every kernel has said something.
+        raise KvirtError("it is damaged")
 
 
 def _connect(prog: drgn.Program, layout: Layout, complaints: list[Complaint]) -> None:
@@ -277,7 +283,7 @@ def read_log(prog: drgn.Program, layout: Layout) -> KernelLog:
             )
             return log
         found = list(find_complaints(read_lines(prog, how)))
-    except (drgn.FaultError, KvirtError) as error:
+    except (drgn.FaultError, KvirtError, ValueError, OverflowError, struct.error) as error:
         log.unreadable = f"The kernel's log cannot be read ({error}): the dump may lack it."
         return log
     log.complaints, log.omitted = found[:_COMPLAINTS_MAX], len(found[_COMPLAINTS_MAX:])

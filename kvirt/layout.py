@@ -119,6 +119,12 @@ def _resolve(type_: drgn.Type, path: str) -> Member | None:
     return Member(bits // 8, drgn.sizeof(type_))
 
 
+def _unknown(what: str) -> KvirtError:
+    return KvirtError(
+        f"{what}: this version of kvirt does not know such a kernel; please report its version."
+    )
+
+
 def _struct(
     prog: drgn.Program,
     type_name: str,
@@ -139,10 +145,7 @@ def _struct(
         if found is not None:
             members[name] = found
         elif name in required:
-            raise KvirtError(
-                f"{type_name} of this kernel has no member {' or '.join(paths)}: this version of "
-                "kvirt does not know such a kernel; please report its version."
-            )
+            raise _unknown(f"{type_name} of this kernel has no member {' or '.join(paths)}")
     return StructLayout(type_name, type_.size or 0, members)
 
 
@@ -397,19 +400,25 @@ def _max_swapfiles(prog: drgn.Program, hwpoison: bool) -> int:
     :raises KvirtError: if it cannot be told
     """
     swap_info = _variable(prog, "swap_info")
-    if swap_info is None:
-        # Without CONFIG_SWAP there are no swap entries proper; migration entries still exist.
-        return 32 - 4 - hwpoison
-    if swap_info.type_.length:
+    if swap_info is not None and swap_info.type_.length:
         return int(swap_info.type_.length)
-    # Without debug information: the symbol's size, which is at least that. mm/rmap.c has these functions with
-    # CONFIG_DEVICE_PRIVATE; the first, until 6.15, made entries of two types.
+    # mm/rmap.c has these with CONFIG_DEVICE_PRIVATE; the first, until 6.15, made entries of two types.
     devices = 0
     if _has_function(prog, "make_device_exclusive_range"):
         devices = 4
     elif _has_function(prog, "make_device_exclusive"):
         devices = 3
     most = 32 - 4 - hwpoison - devices
+    if swap_info is None:
+        # mm/swapfile.c
+        if _has_function(prog, "si_swapinfo"):
+            raise KvirtError(
+                "This kernel can swap, and its swap_info cannot be found, so that the types of swap entries "
+                "cannot be told: give its vmlinux with --symbols."
+            )
+        # Without CONFIG_SWAP there are no swap entries proper; migration entries still exist.
+        return most
+    # Without debug information: the symbol's size, which is at least that.
     for length in (most, most - 1):
         if prog.symbol("swap_info").size // 8 == length:
             return length
@@ -420,27 +429,30 @@ def _max_swapfiles(prog: drgn.Program, hwpoison: bool) -> int:
 
 
 def _maple(prog: drgn.Program) -> MapleLayout:
-    node = prog.type("struct maple_node")
+    paths = [f"{kind}.{name}" for kind in ("mr64", "ma64") for name in ("pivot", "slot", "meta.end")]
+    node = _struct(prog, "struct maple_node", {path: [path] for path in paths})
 
     def words(path: str) -> slice:
-        member = _resolve(node, path)
-        assert member is not None
+        member = node.members[path]
         return slice(member.offset // 8, (member.offset + member.size) // 8)
 
-    def byte(path: str) -> int:
-        member = _resolve(node, path)
-        assert member is not None
-        return member.offset
-
-    return MapleLayout(
-        node_words=drgn.sizeof(node) // 8,
+    maple = MapleLayout(
+        node_words=node.size // 8,
         range_pivots=words("mr64.pivot"),
         range_slots=words("mr64.slot"),
-        range_meta_end=byte("mr64.meta.end"),
+        range_meta_end=node.offset("mr64.meta.end"),
         arange_pivots=words("ma64.pivot"),
         arange_slots=words("ma64.slot"),
-        arange_meta_end=byte("ma64.meta.end"),
+        arange_meta_end=node.offset("ma64.meta.end"),
     )
+    for pivots, slots in (
+        (maple.range_pivots, maple.range_slots),
+        (maple.arange_pivots, maple.arange_slots),
+    ):
+        # Between the slots are the pivots.
+        if slots.stop - slots.start != pivots.stop - pivots.start + 1 or slots.stop > maple.node_words:
+            raise _unknown("struct maple_node does not have one slot more than pivots")
+    return maple
 
 
 def _tree(prog: drgn.Program, type_name: str, rb: str, subtree_last: str) -> TreeLayout:
@@ -644,15 +656,19 @@ def _page_flag(prog: drgn.Program, name: str) -> int:
         return 0
 
 
+def _required_page_flag(prog: drgn.Program, name: str) -> int:
+    mask = _page_flag(prog, name)
+    if not mask:
+        raise _unknown(f"This kernel has no page flag {name}")
+    return mask
+
+
 def _vmcoreinfo(prog: drgn.Program, name: str) -> int:
     """A number of VMCOREINFO, which decides what debug information does not have."""
     number = vmcoreinfo_number(prog, name)
     if number is not None:
         return number
-    raise KvirtError(
-        f"This kernel's VMCOREINFO has no {name}, which tells what its page tables look like: "
-        "this version of kvirt does not know such a kernel; please report its version."
-    )
+    raise _unknown(f"This kernel's VMCOREINFO has no {name}, which tells what its page tables look like")
 
 
 # arch/arm64/include/asm/pgtable-hwdef.h
@@ -708,9 +724,14 @@ def _arm64(prog: drgn.Program) -> tuple[PageTables, int]:
 
 
 def _x86_64(prog: drgn.Program) -> tuple[PageTables, int]:
-    levels = 5 if _number(prog, "__pgtable_l5_enabled", 4) else 4
+    # arch/x86/kernel/vmcore_info_64.c; a kernel that is built for four levels alone has no such variable.
+    five = vmcoreinfo_number(prog, "pgtable_l5_enabled")
+    if five is None:
+        five = _number(prog, "__pgtable_l5_enabled", 4)
+    levels = 5 if five else 4
     physical_mask = _number(prog, "physical_mask") or (1 << 52) - 1
-    tables = x86_64(levels, physical_mask & ~(_number(prog, "sme_me_mask") or 0))
+    encrypted = vmcoreinfo_number(prog, "sme_mask") or _number(prog, "sme_me_mask") or 0
+    tables = x86_64(levels, physical_mask & ~encrypted)
     # arch/x86/include/asm/sparsemem.h
     return tables, 52 if levels == 5 else 46
 
@@ -737,6 +758,9 @@ def read_layout(prog: drgn.Program) -> Layout:
             "This kernel has no MMU support, and page offsets mean something else there: "
             "kvirt does not read it."
         )
+    # Where every walk begins.
+    for name in ("init_mm", "init_pid_ns"):
+        prog.variable(name)
     copy_vma = _copy_vma_parameters(prog)
     scheme = detect_scheme(_member_names(vma_type), copy_vma)
     large = _large(prog)
@@ -821,7 +845,7 @@ def read_layout(prog: drgn.Program) -> Layout:
         maple=_maple(prog),
         vm=_vm_flags(prog),
         pg_hwpoison=_page_flag(prog, "PG_hwpoison"),
-        pg_head=_page_flag(prog, "PG_head"),
+        pg_head=_required_page_flag(prog, "PG_head"),
         pg_locked=_page_flag(prog, "PG_locked"),
         pg_anon_exclusive=_page_flag(prog, "PG_anon_exclusive"),
         pg_double_map=_page_flag(prog, "PG_double_map"),
@@ -851,10 +875,15 @@ def layout_of(prog: drgn.Program) -> Layout:
     if not isinstance(layout, Layout):
         try:
             layout = read_layout(prog)
-        except (drgn.FaultError, LookupError, ValueError, OverflowError) as error:
+        except drgn.FaultError as error:
             raise KvirtError(
                 f"What kvirt needs to know of this kernel cannot be read ({error}): the dump is truncated or "
                 "lacks kernel data; take it again, or with a lower makedumpfile dump level."
+            ) from None
+        except (LookupError, ValueError, OverflowError, AttributeError, TypeError) as error:
+            raise KvirtError(
+                f"The types and symbols of this kernel lack what kvirt needs ({error}), or are damaged: "
+                "give its vmlinux with debug information with --symbols, or report the kernel's version."
             ) from None
         prog.cache["kvirt.layout"] = layout
     return layout

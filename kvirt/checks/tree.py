@@ -19,7 +19,7 @@ def _counts(layout: Layout) -> bool:
 
     those whose struct anon_vma has num_active_vmas, 6.1 and later
     """
-    return "num_active_vmas" in layout.anon_vma
+    return "num_active_vmas" in layout.anon_vma and "num_children" in layout.anon_vma
 
 
 @family_check(

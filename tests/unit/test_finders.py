@@ -6,7 +6,7 @@ import pytest
 
 from kvirt.btf import Btf
 from kvirt.errors import KvirtError
-from kvirt.finders import _ProcKallsyms, _register
+from kvirt.finders import _ProcKallsyms, _register, read_kallsyms
 
 from .btf_assembler import Assembler
 from .test_btf import everything
@@ -171,6 +171,52 @@ def test_symbols_out_of_proc_kallsyms():
     assert (whole.address, whole.binding) == (0xFFFFFFFF81000020, drgn.SymbolBinding.GLOBAL)
     assert finder(prog, "vma", None, False) == []
     assert finder(prog, "fixed_percpu_data", None, True)[0].address == 0
+
+
+def with_vmcoreinfo(text: str) -> drgn.Program:
+    prog = drgn.Program(drgn.host_platform)
+    data = text.encode()
+    prog.register_object_finder(
+        "made up",
+        lambda prog, name, flags, filename: (
+            drgn.Object(prog, prog.array_type(prog.int_type("char", 1, True), len(data)), data)
+            if name == "VMCOREINFO"
+            else None
+        ),
+        enable_index=0,
+    )
+    return prog
+
+
+@pytest.mark.parametrize(
+    ("vmcoreinfo", "words"),
+    [
+        ("OSRELEASE=7.3\n", "as Linux 6.0 and later do"),
+        # It leads to where nothing is.
+        ("OSRELEASE=7.3\nSYMBOL(kallsyms_names)=ffffffff82000000\n", "truncated or damaged"),
+    ],
+)
+def test_symbols_that_cannot_be_read(vmcoreinfo, words, monkeypatch):
+    class BadData(Exception):
+        """As drgn's, which is no ValueError."""
+
+    def fail(prog):
+        raise BadData("Unexpected 3-byte length")
+
+    monkeypatch.setattr("kvirt.finders.load_vmlinux_kallsyms", fail)
+    with pytest.raises(KvirtError, match=words):
+        read_kallsyms(with_vmcoreinfo(vmcoreinfo))
+
+
+def test_kinds_that_came_later_are_refused():
+    a = Assembler()
+    number = a.int("unsigned long", 8)
+    a.layout = bytes(20 * 4) + bytes([0, 0, 0, 0])
+    a.add(20, "later", number)
+    a.struct("vma", 8, [("start", 2, 0)])
+    prog = program(Btf(a.finish()))
+    with pytest.raises(KvirtError, match="kind 20"):
+        _ = prog.type("struct vma").members[0].type
 
 
 def test_symbols_that_kptr_restrict_hides():

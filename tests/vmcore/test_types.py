@@ -8,6 +8,9 @@ import sys
 
 import drgn
 import pytest
+from drgn.helpers.linux.cpumask import for_each_online_cpu
+from drgn.helpers.linux.mm import task_rss
+from drgn.helpers.linux.pid import find_task
 
 from kvirt.btf import Btf
 from kvirt.checks.process import ProcessChecker
@@ -79,6 +82,39 @@ def bare(dump):
     prog.register_symbol_finder("symbols", symbols, enable_index=0)
     start, stop = prog.symbol("__start_BTF").address, prog.symbol("__stop_BTF").address
     return prog, prog.read(start, stop - start)
+
+
+def test_helpers_of_drgn_see_the_same(dump):
+    alone, by_dwarf = open_target(core=dump.core, types="btf").prog, dump.opened().prog
+    cpus = list(for_each_online_cpu(by_dwarf))
+    assert len(cpus) > 1
+    assert list(for_each_online_cpu(alone)) == cpus
+    for name in (
+        "phys_base",
+        "max_pfn",
+        "mem_section",
+        "total_swap_pages",
+        "nr_swapfiles",
+        "_totalram_pages",
+    ):
+        one, other = alone[name], by_dwarf[name]
+        assert (one.address_, one.type_.type_name()) == (other.address_, other.type_.type_name())
+    one, other = (task_rss(find_task(prog, dump.pid)) for prog in (alone, by_dwarf))
+    assert one == other
+
+
+def test_what_is_not_there_is_said(core73_dump):
+    for hidden, words in (
+        ("__vm_anon_pgoff_lo", "unknown way"),
+        ("PG_head", "no page flag PG_head"),
+        ("mr64", "mr64.pivot"),
+    ):
+        prog, btf = bare(core73_dump)
+        name = b"\0" + hidden.encode() + b"\0"
+        assert btf.count(name) == 1
+        use_btf(prog, Btf(btf.replace(name, b"\0" + b"x" * len(hidden) + b"\0")))
+        with pytest.raises(KvirtError, match=words):
+            layout_of(prog)
 
 
 # KASLR: a kernel without it begins here (arch/x86/include/asm/page_64_types.h, __START_KERNEL).

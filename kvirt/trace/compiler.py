@@ -44,14 +44,15 @@ def compile_programs(bcc: ModuleType, text: str, cflags: Sequence[str]) -> Any:
             ended.set()
 
     thread = threading.Thread(target=work)
-    thread.start()
     try:
+        thread.start()
         ended.wait()
     finally:
-        # A signal's handler may have raised, and the compiler cannot be interrupted. Nor may join() be:
-        # Python 3.11 then takes the thread for ended.
-        ended.wait()
-        thread.join()
+        # A signal's handler may have raised, also while the thread started, and the compiler cannot be
+        # interrupted. Nor may join() be: Python 3.11 then takes the thread for ended.
+        if thread.ident is not None:
+            ended.wait()
+            thread.join()
     if errors:
         raise errors[0]
     return compiled[0]

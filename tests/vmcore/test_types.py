@@ -90,7 +90,7 @@ def test_helpers_of_drgn_see_the_same(dump):
     assert len(cpus) > 1
     assert list(for_each_online_cpu(alone)) == cpus
     for name in (
-        "phys_base",
+        "page_offset_base",
         "max_pfn",
         "mem_section",
         "total_swap_pages",

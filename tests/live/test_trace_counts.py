@@ -266,6 +266,21 @@ def test_command_from_start_to_end(guest):
     assert all(one["bad"] == 0 for one in document["assertions"].values())
 
 
+def test_what_fails_for_want_of_memory(guest):
+    program = ["python3", "-m", "tests.live.starve"]
+    done = guest.run(
+        ["kvirt", "trace", "copy-vma", "split-vma", "--format", "json", "--", *program], timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    calls, document = sorted(map(json.loads, done.stdout.splitlines()), key=len)
+    assert calls["mprotect"]["failed"] == calls["mremap"]["failed"] == 40
+    assert document["copy_vma"]["failed"] == 40
+    assert document["split_vma"]["errors"] == {"ENOMEM": 40}
+    # Each that was done has split a page off on both sides.
+    assert document["split_vma"]["hit"] >= 2 * calls["mprotect"]["done"]
+    assert document["lost"] == {}
+
+
 def test_process_by_its_pid(guest):
     """Only the VMAs of this process count, whoever walks: here its child, which has displaced its copy."""
     remaps = guest.popen([*REMAPS, NUMBER, "rmap-mixed"])

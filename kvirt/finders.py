@@ -13,6 +13,7 @@ are, if they are of use to those who look at memory management, or to drgn's hel
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from drgn.helpers.linux.list import list_for_each_entry
 
 from kvirt.btf import Btf, Kind, kernel_btf
 from kvirt.errors import KvirtError
+from kvirt.kallsyms import Kallsyms
 from kvirt.vmcoreinfo import vmcoreinfo_number
 
 FINDER = "btf"
@@ -255,28 +257,38 @@ def _is_here(prog: drgn.Program) -> bool:
     return bool(prog.flags & here == here)
 
 
-class _ProcKallsyms:
-    """A symbol finder over the text of /proc/kallsyms, of which few lines are ever asked for.
+SymbolFinder = Callable[[drgn.Program, str | None, int | None, bool], Sequence[drgn.Symbol]]
 
-    drgn's own takes all of it apart in advance.
+
+class _ByName:
+    """A symbol finder over a table of which few symbols are ever asked for, and those by name.
+
+    drgn's own takes all of it apart in advance; it is asked for everything else.
     """
 
-    def __init__(self, text: bytes) -> None:
-        self._text = b"\n" + text
-        self._index: drgn.SymbolIndex | None = None
+    def __init__(self, find: Callable[[str], Iterator[drgn.Symbol]]) -> None:
+        self._find = find
+        self._index: SymbolFinder | None = None
 
     def __call__(
         self, prog: drgn.Program, name: str | None, address: int | None, one: bool
     ) -> Sequence[drgn.Symbol]:
         """Follow drgn's Program.register_symbol_finder()."""
-        if name is None or address is not None:
-            if self._index is None:
-                self._index = load_vmlinux_kallsyms(prog)
-            found: Sequence[drgn.Symbol] = self._index(prog, name, address, one)
-            return found
-        return list(islice(self._named(name), 1 if one else None))
+        if name is not None and address is None:
+            return list(islice(self._find(name), 1 if one else None))
+        if self._index is None:
+            self._index = load_vmlinux_kallsyms(prog)
+        return self._index(prog, name, address, one)
 
-    def _named(self, name: str) -> Iterator[drgn.Symbol]:
+
+class _ProcKallsyms:
+    """The text of /proc/kallsyms."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = b"\n" + text
+
+    def find(self, name: str) -> Iterator[drgn.Symbol]:
+        """All symbols of a name; their sizes are what is free behind them."""
         # Those of modules have "[module]" behind their names.
         wanted, at = f" {name}\n".encode(), -1
         while (at := self._text.find(wanted, at + 1)) >= 0:
@@ -295,10 +307,7 @@ class _ProcKallsyms:
 
     def __bool__(self) -> bool:
         """Whether it has addresses: they are 0 for those that kptr_restrict keeps them from, root too."""
-        return any(symbol.address for symbol in self._named("_stext"))
-
-
-SymbolFinder = Callable[[drgn.Program, str | None, int | None, bool], Sequence[drgn.Symbol]]
+        return any(symbol.address for symbol in self.find("_stext"))
 
 
 def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
@@ -308,14 +317,17 @@ def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
     :raises KvirtError: if the kernel does not tell where it is
     """
     if _is_here(prog):
-        finder = _ProcKallsyms(Path("/proc/kallsyms").read_bytes())
-        if not finder:
+        table = _ProcKallsyms(Path("/proc/kallsyms").read_bytes())
+        if not table:
             raise KvirtError(
                 "The kernel hides the addresses of its symbols: run kvirt as root, and with 'sysctl "
                 "kernel.kptr_restrict=1' if it hides them from root too."
             )
-        return finder
+        return _ByName(table.find)
+    with contextlib.suppress(LookupError, ValueError, drgn.FaultError):
+        return _ByName(Kallsyms(prog).find)
     try:
+        # It may know what that does not, and says best why it cannot be read.
         index: SymbolFinder = load_vmlinux_kallsyms(prog)
         return index
     except Exception as error:  # drgn has one of its own for each way in which the table can be wrong

@@ -6,7 +6,7 @@ import pytest
 
 from kvirt.btf import Btf
 from kvirt.errors import KvirtError
-from kvirt.finders import _ProcKallsyms, _register, read_kallsyms
+from kvirt.finders import _ByName, _ProcKallsyms, _register, read_kallsyms
 
 from .btf_assembler import Assembler
 from .test_btf import everything
@@ -159,9 +159,9 @@ def test_symbols_out_of_proc_kallsyms():
         b"ffffffff81000030 d copy\n"
         b"ffffffffc0000000 t copy_vma\t[module]\n"
     )
-    finder = _ProcKallsyms(text)
-    assert finder
-    prog = drgn.Program()
+    table = _ProcKallsyms(text)
+    assert table
+    finder, prog = _ByName(table.find), drgn.Program()
     assert [s.address & 0xFF for s in finder(prog, "copy", None, False)] == [0x10, 0x30]
     (first,) = finder(prog, "copy", None, True)
     assert (first.address & 0xFF, first.kind) == (0x10, drgn.SymbolKind.FUNC)

@@ -3,12 +3,14 @@
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 
 import drgn
 import pytest
 from drgn.helpers.linux.cpumask import for_each_online_cpu
+from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
 from drgn.helpers.linux.mm import task_rss
 from drgn.helpers.linux.pid import find_task
 
@@ -17,6 +19,7 @@ from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
 from kvirt.errors import KvirtError
 from kvirt.finders import read_kallsyms, use_btf, use_module_btf
+from kvirt.kallsyms import Kallsyms
 from kvirt.layout import StructLayout, layout_of, read_layout
 from kvirt.scheme import Scheme
 from kvirt.target import open_target
@@ -101,6 +104,22 @@ def test_helpers_of_drgn_see_the_same(dump):
         assert (one.address_, one.type_.type_name()) == (other.address_, other.type_.type_name())
     one, other = (task_rss(find_task(prog, dump.pid)) for prog in (alone, by_dwarf))
     assert one == other
+
+
+def test_symbols_are_those_that_drgn_reads(dump):
+    prog = drgn.Program()
+    prog.set_core_dump(dump.core)
+    table = Kallsyms(prog)
+    prog.register_symbol_finder("drgn's", load_vmlinux_kallsyms(prog), enable_index=0)
+    by_name = {}
+    for symbol in prog.symbols():
+        by_name.setdefault(symbol.name, []).append((symbol.address, symbol.size))
+    assert len(by_name) > 50_000
+    for name in random.Random(7).sample(sorted(by_name), 2000):
+        assert sorted(s.address for s in table.find(name)) == sorted(at for at, _ in by_name[name])
+    for name in ("swap_info", "init_mm", "copy_vma"):
+        assert [(s.address, s.size) for s in table.find(name)] == by_name[name]
+    assert list(table.find("copy_vm")) == []
 
 
 def test_what_is_not_there_is_said(core73_dump):

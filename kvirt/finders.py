@@ -19,8 +19,6 @@ from itertools import islice
 from pathlib import Path
 
 import drgn
-from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
-from drgn.helpers.linux.list import list_for_each_entry
 
 from kvirt.btf import Btf, Kind, kernel_btf
 from kvirt.errors import KvirtError
@@ -257,6 +255,9 @@ def _is_here(prog: drgn.Program) -> bool:
     return bool(prog.flags & here == here)
 
 
+# drgn's helpers are imported where they are called: one of them brings all, which is a good part of the time to
+# a verdict, and can be done while drgn reads debug information.
+
 SymbolFinder = Callable[[drgn.Program, str | None, int | None, bool], Sequence[drgn.Symbol]]
 
 
@@ -277,7 +278,7 @@ class _ByName:
         if name is not None and address is None:
             return list(islice(self._find(name), 1 if one else None))
         if self._index is None:
-            self._index = load_vmlinux_kallsyms(prog)
+            self._index = _whole_index(prog)
         return self._index(prog, name, address, one)
 
 
@@ -310,6 +311,13 @@ class _ProcKallsyms:
         return any(symbol.address for symbol in self.find("_stext"))
 
 
+def _whole_index(prog: drgn.Program) -> SymbolFinder:
+    from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
+
+    index: SymbolFinder = load_vmlinux_kallsyms(prog)
+    return index
+
+
 def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
     """Read the symbols of a kernel from its own table.
 
@@ -328,8 +336,7 @@ def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
         return _ByName(Kallsyms(prog).find)
     try:
         # It may know what that does not, and says best why it cannot be read.
-        index: SymbolFinder = load_vmlinux_kallsyms(prog)
-        return index
+        return _whole_index(prog)
     except Exception as error:  # drgn has one of its own for each way in which the table can be wrong
         if b"SYMBOL(kallsyms_names)" in prog["VMCOREINFO"].string_():
             raise KvirtError(
@@ -393,6 +400,8 @@ def use_module_btf(prog: drgn.Program, module: str) -> None:
     :param module: its name, with underscores
     :raises KvirtError: if it is not loaded, or is without BTF
     """
+    from drgn.helpers.linux.list import list_for_each_entry
+
     name = f"{FINDER}-{module}"
     if name in prog.registered_type_finders():
         return

@@ -203,7 +203,7 @@ def test_symbols_that_cannot_be_read(vmcoreinfo, words, monkeypatch):
     def fail(prog):
         raise BadData("Unexpected 3-byte length")
 
-    monkeypatch.setattr("kvirt.finders.load_vmlinux_kallsyms", fail)
+    monkeypatch.setattr("drgn.helpers.linux.kallsyms.load_vmlinux_kallsyms", fail)
     with pytest.raises(KvirtError, match=words):
         read_kallsyms(with_vmcoreinfo(vmcoreinfo))
 

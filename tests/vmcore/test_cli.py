@@ -160,8 +160,8 @@ def test_core_of_another_architecture(dump, tmp_path):
     path = tmp_path / "vmcore"
     path.write_bytes(bytes(header) + bytes(note) + notes)
     said = sentence(kvirt("-c", path, "check-pid", 1))
-    assert "No debug information was found" in said
-    assert "VMCOREINFO" in said and "truncated or damaged" in said
+    assert "cannot be read far enough to find its kernel" in said
+    assert "VMCOREINFO" in said
 
 
 def test_plain_scripts(dump):

@@ -22,8 +22,8 @@ import drgn
 
 from kvirt.btf import Btf, Kind, kernel_btf
 from kvirt.errors import KvirtError
-from kvirt.kallsyms import Kallsyms
-from kvirt.vmcoreinfo import vmcoreinfo_number
+from kvirt.kallsyms import Kallsyms, ProcKallsyms
+from kvirt.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_symbols
 
 FINDER = "btf"
 """Name of the finders in drgn."""
@@ -32,10 +32,25 @@ FINDER = "btf"
 _DEEP = 128
 # More than anybody loads.
 _MODULES_MAX = 1 << 14
-# Symbols of the same address, and the lines of so many.
-_ALIASES, _ALIASES_BYTES = 64, 64 * 100
 # What a kernel's BTF can be at most, in bytes; Debian's are 5 MiB.
 _BTF_MAX = 1 << 28
+
+# drgn's kinds of types, and those of BTF that they are found among.
+_KINDS = (
+    (drgn.TypeKind.STRUCT, Kind.STRUCT),
+    (drgn.TypeKind.UNION, Kind.UNION),
+    (drgn.TypeKind.ENUM, Kind.ENUM),
+    (drgn.TypeKind.ENUM, Kind.ENUM64),
+    (drgn.TypeKind.TYPEDEF, Kind.TYPEDEF),
+    (drgn.TypeKind.INT, Kind.INT),
+    (drgn.TypeKind.BOOL, Kind.INT),
+    (drgn.TypeKind.FLOAT, Kind.FLOAT),
+)
+_QUALIFIERS: Mapping[int, drgn.Qualifiers] = {
+    Kind.CONST: drgn.Qualifiers.CONST,
+    Kind.VOLATILE: drgn.Qualifiers.VOLATILE,
+    Kind.RESTRICT: drgn.Qualifiers.RESTRICT,
+}
 
 # Variables by name, and what they are in C.
 _VARIABLES: Mapping[str, str] = {
@@ -130,17 +145,13 @@ class _Types:
             return prog.typedef_type(btf.name(type_id), target)
         if kind == Kind.TYPE_TAG:
             return target
-        qualifiers = {
-            Kind.CONST: drgn.Qualifiers.CONST,
-            Kind.VOLATILE: drgn.Qualifiers.VOLATILE,
-            Kind.RESTRICT: drgn.Qualifiers.RESTRICT,
-        }
-        if kind not in list(qualifiers):
+        qualifier = _QUALIFIERS.get(kind)
+        if qualifier is None:
             raise KvirtError(
                 f"The kernel's type information (BTF) has a type of kind {kind}, which this version of kvirt "
                 "does not know: give the kernel's vmlinux with --symbols, and report its version."
             )
-        return target.qualified(target.qualifiers | qualifiers[Kind(kind)])
+        return target.qualified(target.qualifiers | qualifier)
 
     def _tagged(self, type_id: int, kind: int) -> drgn.Type:
         prog, btf = self._prog, self._btf
@@ -188,19 +199,9 @@ class _Finders:
         """Follow drgn's Program.register_type_finder(). BTF knows no files, and finds nothing in them."""
         if filename:
             return None
-        for kind, mine in (
-            (drgn.TypeKind.STRUCT, (Kind.STRUCT,)),
-            (drgn.TypeKind.UNION, (Kind.UNION,)),
-            (drgn.TypeKind.ENUM, (Kind.ENUM, Kind.ENUM64)),
-            (drgn.TypeKind.TYPEDEF, (Kind.TYPEDEF,)),
-            (drgn.TypeKind.INT, (Kind.INT,)),
-            (drgn.TypeKind.BOOL, (Kind.INT,)),
-            (drgn.TypeKind.FLOAT, (Kind.FLOAT,)),
-        ):
-            if kind in kinds:
-                for btf_kind in mine:
-                    for type_id in self._btf.named(btf_kind, name):
-                        return self._types(type_id)
+        for theirs, ours in _KINDS:
+            if theirs in kinds and (found := self._btf.named(ours, name)):
+                return self._types(found[0])
         return None
 
     def find_object(
@@ -282,35 +283,6 @@ class _ByName:
         return self._index(prog, name, address, one)
 
 
-class _ProcKallsyms:
-    """The text of /proc/kallsyms."""
-
-    def __init__(self, text: bytes) -> None:
-        self._text = b"\n" + text
-
-    def find(self, name: str) -> Iterator[drgn.Symbol]:
-        """All symbols of a name; their sizes are what is free behind them."""
-        # Those of modules have "[module]" behind their names.
-        wanted, at = f" {name}\n".encode(), -1
-        while (at := self._text.find(wanted, at + 1)) >= 0:
-            address, letter = self._text[self._text.rindex(b"\n", 0, at) + 1 : at].split(b" ")
-            binding = drgn.SymbolBinding.GLOBAL if letter.isupper() else drgn.SymbolBinding.LOCAL
-            kind = drgn.SymbolKind.FUNC if letter in b"tT" else drgn.SymbolKind.OBJECT
-            start = int(address, 16)
-            yield drgn.Symbol(name, start, self._next(at + len(wanted), start) - start, binding, kind)
-
-    def _next(self, at: int, address: int) -> int:
-        """Address of the first symbol from a line on that lies higher: they are sorted, but for modules."""
-        for line in islice(self._text[at : at + _ALIASES_BYTES].split(b"\n"), _ALIASES):
-            if (behind := int(line.partition(b" ")[0] or b"0", 16)) > address:
-                return behind
-        return address
-
-    def __bool__(self) -> bool:
-        """Whether it has addresses: they are 0 for those that kptr_restrict keeps them from, root too."""
-        return any(symbol.address for symbol in self.find("_stext"))
-
-
 def _whole_index(prog: drgn.Program) -> SymbolFinder:
     from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
 
@@ -325,7 +297,7 @@ def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
     :raises KvirtError: if the kernel does not tell where it is
     """
     if _is_here(prog):
-        table = _ProcKallsyms(Path("/proc/kallsyms").read_bytes())
+        table = ProcKallsyms(Path("/proc/kallsyms").read_bytes())
         if not table:
             raise KvirtError(
                 "The kernel hides the addresses of its symbols: run kvirt as root, and with 'sysctl "
@@ -338,7 +310,7 @@ def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
         # It may know what that does not, and says best why it cannot be read.
         return _whole_index(prog)
     except Exception as error:  # drgn has one of its own for each way in which the table can be wrong
-        if b"SYMBOL(kallsyms_names)" in prog["VMCOREINFO"].string_():
+        if "kallsyms_names" in vmcoreinfo_symbols(prog):
             raise KvirtError(
                 f"The kernel's own table of symbols cannot be read ({error}): the dump is truncated or "
                 "damaged; give its vmlinux with --symbols, or take the dump again."

@@ -691,10 +691,9 @@ def arm64_marks(none: int, shared: int) -> tuple[bool, bool]:
     """
     upper = none & _PTE_UPPER
     if none & _PTE_VALID or not none & _PTE_NG or upper not in (0, _PTE_PROT_NONE) or not shared & _PTE_VALID:
-        raise KvirtError(
+        raise _unknown(
             f"The entries of this arm64 kernel's page tables are of an unknown kind (PAGE_NONE is {none:#x}, "
-            f"PAGE_SHARED {shared:#x}): this version of kvirt does not know such a kernel; please report "
-            "its version."
+            f"PAGE_SHARED {shared:#x})"
         )
     return upper == _PTE_PROT_NONE, not shared & _PTE_SHARED
 

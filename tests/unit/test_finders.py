@@ -6,7 +6,8 @@ import pytest
 
 from kvirt.btf import Btf
 from kvirt.errors import KvirtError
-from kvirt.finders import _ByName, _ProcKallsyms, _register, read_kallsyms
+from kvirt.finders import _ByName, _register, read_kallsyms
+from kvirt.kallsyms import ProcKallsyms
 
 from .btf_assembler import Assembler
 from .test_btf import everything
@@ -159,7 +160,7 @@ def test_symbols_out_of_proc_kallsyms():
         b"ffffffff81000030 d copy\n"
         b"ffffffffc0000000 t copy_vma\t[module]\n"
     )
-    table = _ProcKallsyms(text)
+    table = ProcKallsyms(text)
     assert table
     finder, prog = _ByName(table.find), drgn.Program()
     assert [s.address & 0xFF for s in finder(prog, "copy", None, False)] == [0x10, 0x30]
@@ -220,5 +221,5 @@ def test_kinds_that_came_later_are_refused():
 
 
 def test_symbols_that_kptr_restrict_hides():
-    assert not _ProcKallsyms(b"0000000000000000 T _stext\n0000000000000000 T copy_vma\n")
-    assert not _ProcKallsyms(b"")
+    assert not ProcKallsyms(b"0000000000000000 T _stext\n0000000000000000 T copy_vma\n")
+    assert not ProcKallsyms(b"")

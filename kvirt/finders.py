@@ -28,6 +28,7 @@ from kvirt.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_symbols
 FINDER = "btf"
 """Name of the finders in drgn."""
 
+_CACHE_KEY = "kvirt.btf"
 # A typedef of a qualifier of a pointer to a function ...: more than any source has.
 _DEEP = 128
 # More than anybody loads.
@@ -363,7 +364,8 @@ def use_btf(prog: drgn.Program, btf: Btf | None = None) -> None:
     :raises KvirtError: if the kernel does not have what is needed
     """
     prog.register_symbol_finder(FINDER, read_kallsyms(prog), enable_index=0)
-    _register(prog, FINDER, btf or read_btf(prog), 0)
+    prog.cache[_CACHE_KEY] = btf or read_btf(prog)
+    _register(prog, FINDER, prog.cache[_CACHE_KEY], 0)
 
 
 def use_module_btf(prog: drgn.Program, module: str) -> None:
@@ -386,6 +388,6 @@ def use_module_btf(prog: drgn.Program, module: str) -> None:
         if btf.name.string_().decode(errors="replace") == module:
             data = prog.read(btf.data.value_(), btf.data_size.value_())
             # Behind the kernel's own: a module may have a structure of the same name.
-            _register(prog, name, Btf(data, read_btf(prog)), -1)
+            _register(prog, name, Btf(data, prog.cache[_CACHE_KEY]), -1)
             return
     raise KvirtError(f"No module {module} with types of its own is loaded in this kernel.")

@@ -41,6 +41,11 @@ def command() -> None:
     signal.signal(signal.SIGTERM, _terminate)
 
 
+suite_option = click.option(
+    "--suite", default=defaults.SUITE, show_default=True, help="The Debian that guests' user space is from."
+)
+
+
 def guest_options(function: Any) -> Any:
     """Add the options that say which guest to boot."""
     from_here = [
@@ -66,6 +71,7 @@ def guest_options(function: Any) -> Any:
             help="Seconds after which the guest is ended.",
         ),
         click.option("--append", default="", help="Words for the kernel's command line."),
+        suite_option,
     ]
     for option in reversed(from_here):
         function = option(function)
@@ -88,12 +94,13 @@ def kernel(pattern: str, update: bool) -> None:
 
 
 @command.command()
-def root() -> None:
+@suite_option
+def root(suite: str) -> None:
     """Build the guests' root directory, and say where it is."""
     from kvirt.lab.progress import TerminalReport
     from kvirt.lab.root import get_root
 
-    click.echo(get_root(TerminalReport()))
+    click.echo(get_root(TerminalReport(), suite=suite))
 
 
 @command.command()
@@ -276,6 +283,7 @@ def _guest(
     cpus: int,
     timeout: float,
     append: str,
+    suite: str,
     output: Path | None = None,
 ) -> Guest:
     from kvirt.lab.guest import Guest
@@ -287,6 +295,7 @@ def _guest(
         cpus=cpus,
         timeout=timeout,
         append=append,
+        suite=suite,
         output=output,
         report=TerminalReport(),
     )

@@ -2,6 +2,8 @@
 """What the command line offers unless told otherwise; free of imports, so that ``--help`` is quick."""
 
 KERNEL = "7.3"
+# Whose user space guests have.
+SUITE = "trixie"
 # drgn needs about 1.5 GB for the debug information of a whole kernel.
 MEMORY = "2560M"
 CPUS = 2

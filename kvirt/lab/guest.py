@@ -33,6 +33,7 @@ class Guest:
     :param memory: Its memory, as QEMU writes it. Less than 512M turns transparent huge pages off.
     :param timeout: Seconds after which the guest is ended, whatever it does.
     :param append: Words to add to the kernel's command line.
+    :param suite: The Debian that its user space is from.
     :param output: A directory for what :func:`kvirt.lab.capture.crash` saves. With it the guest sets memory
         aside for a capture kernel.
     """
@@ -45,6 +46,7 @@ class Guest:
         cpus: int = defaults.CPUS,
         timeout: float = defaults.TIMEOUT,
         append: str = "",
+        suite: str = defaults.SUITE,
         output: Path | None = None,
         report: Report = silent,
     ) -> None:
@@ -55,13 +57,14 @@ class Guest:
         self._memory = memory
         self._cpus = cpus
         self._timeout = timeout
+        self._suite = suite
         self.output = output
         self._append = append if output is None else f"{capture.RESERVED} {append}"
         self.report = report
 
     def __enter__(self) -> Guest:
         host.require_root("A guest")
-        root = get_root(self.report, () if self.output is None else capture.PACKAGES)
+        root = get_root(self.report, () if self.output is None else capture.PACKAGES, self._suite)
         self.accelerator = accel.accelerator(self.kernel.image, self.report)
         spec = Specification(
             self.kernel,

@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvirt.errors import KvirtError
-from kvirt.lab import apt, host
+from kvirt.lab import apt, defaults, host
 from kvirt.lab.cache import built, cache_dir, locked
 from kvirt.lab.progress import Report, silent, step
 from kvirt.lab.tree import TREE
 
-SUITE = "trixie"
 # One Debian package a line.
 PACKAGES = (
     "bpftool",  # says which BPF programs are loaded, whoever loaded them
@@ -67,29 +66,30 @@ def requirements() -> list[str]:
     return [line for line in required if "extra ==" not in line]
 
 
-def get_root(report: Report = silent, extra: Sequence[str] = ()) -> Path:
+def get_root(report: Report = silent, extra: Sequence[str] = (), suite: str = defaults.SUITE) -> Path:
     """Return the guest's root directory; build it if what it is made from has changed.
 
     :param extra: Debian packages beside the usual ones; such a root is another one
+    :param suite: the Debian to build it of. What has been built stays as it is, though sid moves on
     """
     packages = (*PACKAGES, *extra)
-    recipe = [SUITE, packages, MOUNT_POINTS, PYCACHE, UNWANTED, INIT, KVIRT, requirements(), BOUNDS]
+    recipe = [suite, packages, MOUNT_POINTS, PYCACHE, UNWANTED, INIT, KVIRT, requirements(), BOUNDS]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    root = cache_dir() / f"root-{SUITE}-{key}"
+    root = cache_dir() / f"root-{suite}-{key}"
     if root.is_dir():
         return root
     host.require_root("Building the guest's root")
     with locked("root"):
         if not root.is_dir():
             with built(root) as directory:
-                _build(directory, packages, report)
+                _build(directory, suite, packages, report)
     return root
 
 
-def _build(directory: Path, packages: Sequence[str], report: Report) -> None:
-    with step(report, f"Building the guest's root (Debian {SUITE})", "root") as detail:
+def _build(directory: Path, suite: str, packages: Sequence[str], report: Report) -> None:
+    with step(report, f"Building the guest's root (Debian {suite})", "root") as detail:
         detail("mmdebstrap")
-        _debootstrap(directory, packages)
+        _debootstrap(directory, suite, packages)
         for point in MOUNT_POINTS:
             (directory / point).mkdir(parents=True, exist_ok=True)
         for name, text in (("usr/sbin/kvirt-init", INIT), ("usr/local/bin/kvirt", KVIRT)):
@@ -101,7 +101,7 @@ def _build(directory: Path, packages: Sequence[str], report: Report) -> None:
         _install_wheels(directory, version)
 
 
-def _debootstrap(directory: Path, packages: Sequence[str]) -> None:
+def _debootstrap(directory: Path, suite: str, packages: Sequence[str]) -> None:
     argv = [host.program("mmdebstrap"), "--variant=minbase", "--quiet"]
     argv += [f"--include={','.join(packages)}", "--architectures=amd64"]
     argv += [f"--dpkgopt=path-exclude={path}" for path in UNWANTED]
@@ -111,10 +111,15 @@ def _debootstrap(directory: Path, packages: Sequence[str]) -> None:
     argv += ["--skip=cleanup/apt", '--customize-hook=rm -rf "$1"/var/lib/apt/lists/*']
     with tempfile.TemporaryDirectory(prefix="kvirt-root-") as scratch:
         sources = Path(scratch) / "mirror.sources"
-        sources.write_text(apt.suite_source(SUITE).deb822())
-        argv += [SUITE, str(directory), str(sources)]
+        sources.write_text(apt.suite_source(suite).deb822())
+        argv += [suite, str(directory), str(sources)]
         # It forks, and what it forks would outlive it. What it leaves in the temporary directory goes too.
-        _run(host.family(argv), "mmdebstrap", "the mirror and the network", {**os.environ, "TMPDIR": scratch})
+        _run(
+            host.family(argv),
+            "mmdebstrap",
+            "the suite's name, the mirror and the network",
+            {**os.environ, "TMPDIR": scratch},
+        )
 
 
 def _python_version(directory: Path) -> str:

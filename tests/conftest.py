@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kvirt.lab import defaults
 from kvirt.lab.guest import Guest
 from kvirt.lab.kernels import get_kernel
 
@@ -43,6 +44,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="Write the generated parts of docs/ instead of comparing them.",
     )
+    parser.addoption("--suite", default=defaults.SUITE, help="The Debian of the guests that tests share.")
 
 
 def group(nodeid):
@@ -93,10 +95,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @contextlib.contextmanager
-def booted(pattern):
+def booted(pattern, suite):
     if os.geteuid() != 0:
         pytest.skip("Guests need root: run the tests with `make test`, which uses sudo.")
-    with Guest(get_kernel(pattern), timeout=LIFETIME, append=APPEND[pattern]) as guest:
+    with Guest(get_kernel(pattern), timeout=LIFETIME, append=APPEND[pattern], suite=suite) as guest:
         process = guest.popen(["kvirt", "lab", "workload", "--with", "hugetlb,ksm,swap"])
         line = process.readline(PATIENCE)
         if not line:
@@ -106,9 +108,9 @@ def booted(pattern):
 
 
 @contextlib.contextmanager
-def dumped(pattern):
+def dumped(pattern, suite):
     with tempfile.TemporaryDirectory(prefix="kvirt-tests-") as directory:
-        with booted(pattern) as guest:
+        with booted(pattern, suite) as guest:
             guest.stop()
             core = guest.dump(Path(directory) / "vmcore")
             if pattern == MODERN:
@@ -119,7 +121,8 @@ def dumped(pattern):
 class SharedGuest:
     """The guest of one kernel at a time."""
 
-    def __init__(self):
+    def __init__(self, suite):
+        self._suite = suite
         self._running = contextlib.ExitStack()
         self._guests = {}
         self._failures = {}
@@ -132,7 +135,7 @@ class SharedGuest:
         if pattern not in self._guests:
             self.end()
             try:
-                self._guests[pattern] = self._running.enter_context(booted(pattern))
+                self._guests[pattern] = self._running.enter_context(booted(pattern, self._suite))
             except BaseException as error:
                 self._failures[pattern] = error
                 raise
@@ -144,8 +147,14 @@ class SharedGuest:
 
 
 @pytest.fixture(scope="session")
-def shared_guest():
-    shared = SharedGuest()
+def suite(request):
+    """The Debian that guests' user space is from."""
+    return request.config.getoption("--suite")
+
+
+@pytest.fixture(scope="session")
+def shared_guest(suite):
+    shared = SharedGuest(suite)
     yield shared
     shared.end()
 
@@ -169,9 +178,9 @@ def legacy_guest(shared_guest):
 
 
 @pytest.fixture(scope="session")
-def core73():
+def core73(suite):
     """Path of a dump of a guest like ``guest73``, path of its vmlinux, and the workload's document."""
-    with dumped(MODERN) as core:
+    with dumped(MODERN, suite) as core:
         yield core
 
 
@@ -182,7 +191,7 @@ def kdump73(core73):
 
 
 @pytest.fixture(scope="session")
-def core_legacy():
+def core_legacy(suite):
     """The same of one like ``legacy_guest``."""
-    with dumped(LEGACY) as core:
+    with dumped(LEGACY, suite) as core:
         yield core

@@ -235,14 +235,14 @@ def test_kprobes_that_are_turned_off(legacy_guest):
     assert re.fullmatch(r"kvirt: Kprobes are turned off, [^\n]+\.\n", done.stderr), done.stderr
 
 
-def test_lockdown():
+def test_lockdown(suite):
     """It cannot be taken back: in a guest of its own."""
     lock = """
         mount -t securityfs none /sys/kernel/security
         echo confidentiality >/sys/kernel/security/lockdown
         kvirt trace
     """
-    with Guest(get_kernel("7.3"), timeout=PATIENCE) as guest:
+    with Guest(get_kernel("7.3"), timeout=PATIENCE, suite=suite) as guest:
         done = guest.run(["sh", "-ec", lock], timeout=PATIENCE)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

@@ -22,7 +22,7 @@ from kvirt.checks.registry import (
     VmaTable,
     all_checks,
 )
-from kvirt.checks.sorting import DOUBTS, Sorter
+from kvirt.checks.sorting import DOUBTS, SWAPPED, Sorter
 from kvirt.filtered import is_filtered
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
@@ -66,6 +66,7 @@ class _Pass:
     """What one reading of a process gave."""
 
     space: AddressSpace
+    pages: PageCounts = field(default_factory=PageCounts)
     violations: dict[_Key, tuple[Check, VmaContext | None, Violation]] = field(default_factory=dict)
     """By check, address, and which of the check's violations there it is."""
     hits: dict[_Key, _PageHit] = field(default_factory=dict)
@@ -84,10 +85,20 @@ class _Pass:
         """Keys of everything that looks wrong."""
         return {*self.violations, *self.hits, *self.doubts}
 
-    def addresses(self) -> U64:
-        """Addresses of the pages that look wrong, sorted."""
-        keys = [*self.hits, *self.doubts]
-        return np.array(sorted({address for _, address, _ in keys}), dtype=np.uint64)
+    def recount(self, keys: Iterable[_Key], again: _Pass) -> None:
+        """Count doubtful pages as another reading did, that looked at these alone.
+
+        What is gone is not counted any more.
+        """
+        for key in keys:
+            reason, number = key[0], self.doubts[key]
+            self.pages.skipped[reason] -= number
+            self.pages.unverified[reason] -= number
+            if reason not in SWAPPED:
+                self.pages.present -= number
+        self.pages.add(again.pages)
+        # Without those of which nothing is left.
+        self.pages.skipped, self.pages.unverified = +self.pages.skipped, +self.pages.unverified
 
     def forget(self, keys: Iterable[_Key]) -> None:
         """Drop what did not last."""
@@ -150,15 +161,15 @@ class ProcessChecker:
 
     def _check(self, mm: int, progress: Callable[[int], None]) -> ProcessResult:
         space = self.read(mm)
-        result = ProcessResult(space, [], PageCounts(), [])
+        first = _Pass(space)
+        result = ProcessResult(space, [], first.pages, [])
         if space.mm_users == 0:
             result.incomplete.append("the process is exiting, and its VMAs are being taken apart")
             return result
         # Before the pages, whose checks ask which trees are sound.
         families, in_peace = self._forest.check(space)
-        first = _Pass(space)
         self._check_space(first)
-        self._check_pages(first, None, result.pages, progress)
+        self._check_pages(first, None, first.pages, progress)
         transient = self._confirm(first, result) if self.moves else set()
         first.forget(key for key in transient if key in first.doubts)
         unsettled = space.unstable or (not self.moves and bool(space.write_locked))
@@ -187,7 +198,11 @@ class ProcessChecker:
             for keys, at in ((whole, None), (partial, self._places(first, partial))):
                 if not keys:
                     continue
-                again = self._reread(first, at)
+                doubts = keys & first.doubts.keys()
+                doubtful = _addresses(doubts)
+                hits = _addresses(keys & first.hits.keys())
+                hits = hits[~np.isin(hits, doubtful)]
+                again = self._reread(first.space.address, hits, doubtful, at)
                 if again is None:
                     result.incomplete.append(
                         "what looked wrong could not be read again, because the process is exiting or "
@@ -196,9 +211,11 @@ class ProcessChecker:
                     continue
                 lasting = keys & again.suspects()
                 stays |= lasting
+                first.recount(doubts, again)
                 # The freshest values of what repeats; the rest keeps those that it was seen with.
                 first.violations.update((k, v) for k, v in again.violations.items() if k in lasting)
                 first.hits.update((k, v) for k, v in again.hits.items() if k in lasting)
+                first.doubts.update((k, v) for k, v in again.doubts.items() if k in lasting)
             transient |= suspects - stays
             suspects = stays
         result.incomplete[:] = dict.fromkeys(result.incomplete)
@@ -311,28 +328,35 @@ class ProcessChecker:
     def _leaves(self, into: _Pass, table: VmaTable, wanted: U64 | None) -> Iterator[Leaves]:
         """Entries to be judged together."""
         for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
+            if wanted is not None:
+                # What begins elsewhere is another mapping of that place.
+                leaves = leaves.take(np.isin(leaves.address, wanted))
             for part in table.parts(leaves.address):
                 yield leaves.part(part)
 
-    def _reread(self, previous: _Pass, at: frozenset[int] | None) -> _Pass | None:
+    def _reread(self, mm: int, hits: U64, doubts: U64, at: frozenset[int] | None) -> _Pass | None:
         """Read again what looked wrong: VMAs, entries and folios together, and nothing changing.
 
         Returns None if the process is gone or its mappings never stand still.
 
-        :param at: addresses of the VMAs to read; None for all of them, and then no pages
+        :param mm: address of the ``struct mm_struct``
+        :param hits: sorted addresses of pages to look at
+        :param doubts: and of those to be counted as well
+        :param at: addresses of the VMAs to read; None for all of them
         """
-        wanted = previous.addresses()
         for _ in range(patience.TRIES):
             time.sleep(patience.PAUSE)
             try:
-                again = _Pass(read_address_space(self.prog, self.layout, previous.space.address, at=at))
+                again = _Pass(read_address_space(self.prog, self.layout, mm, at=at))
                 if again.space.mm_users == 0:
                     return None
                 if again.space.write_locked:
                     continue
                 self._check_space(again)
-                if len(wanted) and at is not None:
-                    entries = self._check_pages(again, wanted, PageCounts())
+                if len(hits) or len(doubts):
+                    entries = self._check_pages(again, hits, PageCounts()) if len(hits) else {}
+                    if len(doubts):
+                        entries.update(self._check_pages(again, doubts, again.pages))
                     changed = self._changed(again, entries)
                     # Only these: one page that comes and goes does not excuse the others.
                     again.forget([k for k in (*again.hits, *again.doubts) if k[1] in changed])
@@ -436,6 +460,11 @@ def _finding(check: Check, severity: Severity, violation: Violation, vma: Vma | 
         expected=violation.expected,
         actual=violation.actual,
     )
+
+
+def _addresses(keys: Iterable[_Key]) -> U64:
+    """Their addresses, sorted."""
+    return np.array(sorted({address for _, address, _ in keys}), dtype=np.uint64)
 
 
 def _anon_vma_locked(context: VmaContext | None) -> bool:

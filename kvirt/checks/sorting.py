@@ -47,13 +47,14 @@ NO_VMA = "pages no VMA covers"
 UNREADABLE = "pages whose struct page cannot be read"
 FOREIGN = "pages in anonymous memory that are not anonymous"
 KSM_BROKEN = "KSM pages whose stable node does not lead to their rmap_items"
+SWAP_NO_VMA = "swap entries no VMA covers"
 SWAP_UNKNOWN = "swap entries that cannot be looked up in the swap cache"
 SWAP_FOREIGN = "swap entries whose folio in the swap cache is another entry's"
-DOUBTS = (NO_VMA, UNREADABLE, FOREIGN, KSM_BROKEN, SWAP_UNKNOWN, SWAP_FOREIGN)
+DOUBTS = (NO_VMA, UNREADABLE, FOREIGN, KSM_BROKEN, SWAP_NO_VMA, SWAP_UNKNOWN, SWAP_FOREIGN)
 # Pages that are or may be anonymous, and whose index is not compared.
 UNVERIFIED = (KSM, KSM_FOREIGN, HWPOISON, TEMPORARY_STACK, *DOUBTS)
 # Entries of swap that the accounting of pages leaves out: their pages are not in memory, or not mapped.
-SWAPPED = (SWAP, READ_AHEAD, SWAP_UNKNOWN, SWAP_FOREIGN)
+SWAPPED = (SWAP, READ_AHEAD, SWAP_NO_VMA, SWAP_UNKNOWN, SWAP_FOREIGN)
 
 # Swap types whose entries stand for a page in memory: softleaf_has_pfn(), include/linux/leafops.h.
 # That of hwpoison does too, and nobody may look at the page.
@@ -211,7 +212,7 @@ class Sorter:
         """Entries of swap."""
         layout, table, size = self._layout, self._table, leaves.pages
         row = table.find(leaves.address)
-        counter.skip(NO_VMA, leaves, row < 0)
+        counter.skip(SWAP_NO_VMA, leaves, row < 0)
         leaves, row = leaves.take(row >= 0), row[row >= 0]
 
         types, offsets = swap_type(leaves).astype(np.uint64), swap_offset(leaves)

@@ -155,6 +155,43 @@ def test_what_does_not_repeat_is_transient(wrong_reads):
     assert (finding.id, finding.severity) == ("FOLIO-INDEX", Severity.TRANSIENT)
 
 
+@pytest.mark.parametrize("short_reads", [1, 2])
+def test_pages_of_a_vma_that_grew_meanwhile_are_verified(short_reads):
+    made_up = Process()
+    end = VMA + LAYOUT.vma.offset("vm_end")
+    # The family's reading of it comes between.
+    short = [word(START + 2 * 4096)] * (2 * short_reads - 1)
+    made_up.changing(end, [*short, word(START + PAGES * 4096)])
+    result = made_up.check()
+    pages = result.pages
+    assert (pages.present, pages.anon, pages.checked, pages.verified) == (4, 4, 4, 4)
+    assert (dict(pages.skipped), dict(pages.unverified), result.incomplete) == ({}, {}, [])
+
+
+def test_doubtful_page_that_is_gone_is_not_counted():
+    made_up = Process()
+    made_up.changing(0x202000 + 8 * PAGES, [word(PFN << 12 | TABLE), word(0)], physical=True)
+    result = made_up.check()
+    assert (result.pages.present, result.pages.checked, result.pages.unverified.total()) == (4, 4, 0)
+    assert (result.findings, result.incomplete) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason", "present"),
+    [
+        (PFN << 12 | TABLE, "pages no VMA covers", 5),
+        (absent(0, 0x1200), "swap entries no VMA covers", 4),
+    ],
+)
+def test_doubtful_page_that_stays_is_counted_once(entry, reason, present):
+    made_up = Process()
+    made_up.changing(0x202000 + 8 * PAGES, [word(entry)], physical=True)
+    result = made_up.check()
+    assert (result.pages.present, result.pages.checked) == (present, 4)
+    assert dict(result.pages.skipped) == dict(result.pages.unverified) == {reason: 1}
+    assert f"1 {reason}, the first at {START + PAGES * 4096:#x}" in result.incomplete[0]
+
+
 def test_page_that_is_replaced_all_the_time_is_not_accused():
     made_up = Process()
     made_up.changing(index_at(2), [word(0x1234)])

@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import time
-from collections import Counter
 from functools import partial
 
 import jsonschema
@@ -16,6 +15,15 @@ import pytest
 from kvirt.lab.guest import Guest
 from kvirt.lab.kernels import get_kernel
 from kvirt.render.json import schema
+from tests.live.test_trace_counts import (
+    NUMBER,
+    REMAPS,
+    added,
+    check_copy_vma,
+    check_rmap,
+    check_split_vma_of_program,
+    quiet,
+)
 
 # A guest without KVM on a busy host.
 PATIENCE = 120
@@ -148,24 +156,36 @@ def test_filter_by_name_until_ctrl_c(guest73, start):
 
 
 def test_filter_by_cgroup_until_sigterm(guest73, start):
+    """What is done in it is known in advance, reason by reason; outside of it the same goes on."""
+    chosen = ["copy-homecoming", "copy-forked-child", "split-shared", "split-failed", "rmap-displaced-chain"]
+    chosen += ["rmap-file-private", "rmap-displaced-devzero", "rmap-mixed", "rmap-alias"]
     group = "/sys/fs/cgroup/kvirt-traced"
-    guest73.run(["mkdir", "-p", f"{group}/below"], check=True)
-    wanted = start("python3", MOVER, "inside", str(MOVES))
-    other = start("python3", MOVER, "outside", str(MOVES + 1))
-    guest73.run(["sh", "-c", f"echo {wanted.pid} >{group}/below/cgroup.procs"], check=True)
-    tracer = start("kvirt", "trace", "copy-vma", "--cgroup", "kvirt-traced", "--format", "json", "0.5")
-    move(wanted, other)
-    tracer.signal(signal.SIGTERM)
-    assert tracer.wait(PATIENCE) == 0
+    join = f'mkdir -p {group}/below; echo $$ >{group}/below/cgroup.procs; exec "$@"'
+    with quiet(guest73):
+        # The line that says that the first phase is ready.
+        inside = start("sh", "-ec", join, "sh", *REMAPS, NUMBER, *chosen)
+        outside = start(*REMAPS, str(int(NUMBER) + 1), *chosen)
+        tracer = start("kvirt", "trace", "--cgroup", "kvirt-traced", "--format", "json", "0.5")
+        # They wait for lines between their phases, and no longer.
+        for process in (inside, outside):
+            process.close_stdin()
+        assert [process.wait(PATIENCE) for process in (inside, outside)] == [0, 0]
+        tracer.signal(signal.SIGTERM)
+        assert tracer.wait(PATIENCE) == 0
     assert tracer.stderr_text() == ""
-    calls, pids = Counter(), set()
-    for line in tracer.stdout_text().splitlines():
-        document = json.loads(line)
+    done = [line for line in map(json.loads, inside.stdout_text().splitlines()) if "counts" in line]
+    assert [line["phase"] for line in done] == chosen
+    first, *others = done
+    # What the first prepares with was over.
+    forecast = added([first["counts"], *(line[part] for line in others for part in ("setup", "counts"))])
+    documents = [json.loads(line) for line in tracer.stdout_text().splitlines()]
+    for document in documents:
         jsonschema.validate(document, schema("kvirt.trace/1"))
-        calls.update({name: document["copy_vma"][name] for name in ("hit", "fallback", "noncow", "failed")})
-        pids |= {process["pid"] for process in document["processes"]}
-    assert calls == {"hit": MOVES, "fallback": MOVES, "noncow": 0, "failed": 0}
-    assert pids == {wanted.pid}
+        assert document["lost"] == {}
+    counted = added([{what: one[what] for what in ("rmap", "copy_vma", "split_vma")} for one in documents])
+    check_rmap(counted["rmap"], forecast["rmap"])
+    check_copy_vma(counted["copy_vma"], forecast["copy_vma"])
+    check_split_vma_of_program(counted["split_vma"], forecast["split_vma"])
     guest73.run(["rmdir", f"{group}/below", group], check=True)
 
 

@@ -13,8 +13,9 @@ import functools
 import itertools
 import mmap
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import drgn
 import numpy as np
@@ -26,6 +27,9 @@ from kvirt.errors import KvirtError
 U64 = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
 Things = npt.NDArray[np.void]
+T = TypeVar("T")
+# Where the first is, and the part of an array that it and those behind it are for.
+_Piece = tuple[int, int, int]
 
 PAGE_BYTES = 4096
 _CACHE_KEY = "kvirt.core"
@@ -34,7 +38,7 @@ _CACHE_KEY = "kvirt.core"
 _WINDOW = 64 << 10
 _ARRAY_BYTES_MAX = 24 << 20
 # Things side by side in the file that are worth a copy of their own.
-_RUN = 64
+RUN = 64
 _WINDOWS_MAX = (256 << 20) // _WINDOW
 
 
@@ -73,14 +77,14 @@ class _BusErrors:
         # Not of this module's making: it comes again, to whom it came before.
         _libc.signal(number, self._before)
 
-    def copy(self, mapped: tuple[int, int], source: Things, at: Places, out: Things) -> bool:
-        """``out[:] = source[at]``; returns whether that could be read.
+    def guard(self, mapped: tuple[int, int], copy: Callable[[], None]) -> bool:
+        """Copy from mapped memory; returns whether that could be read.
 
-        :param mapped: address and size of all that *source* is a part of
+        :param mapped: address and size of all that is copied from
         """
         self._mapped, self._failed = mapped, False
         try:
-            _copy(source, at, out)
+            copy()
         finally:
             self._mapped = None
         return not self._failed
@@ -150,9 +154,6 @@ class Core:
 
         :param at: where they are, in *size* bytes; pages are where :meth:`find` says
         """
-        if size not in self._views:
-            count = (len(self._map) - self._grid) // size
-            self._views[size] = np.frombuffer(self._map, dtype=f"V{size}", offset=self._grid, count=count)
         out = np.empty(len(at), dtype=f"V{size}")
         if not len(at):
             return out
@@ -161,16 +162,48 @@ class Core:
         if last - first < _WINDOWS_MAX:
             # As if all between were looked at.
             self._keep_small(slice(first, last + 2))
-            self._copy(size, at, out)
+            self._copy(_copy, size, at, out)
             return out
         for start in range(0, len(at), _WINDOWS_MAX // 2):
             part = slice(start, start + _WINDOWS_MAX // 2)
             self._keep_small(np.unique(at[part] >> to_window))
-            self._copy(size, at[part], out[part])
+            self._copy(_copy, size, at[part], out[part])
         return out
 
-    def _copy(self, size: int, at: Places, out: Things) -> None:
-        self._failed |= not _bus_errors().copy(self._mapped_at, self._views[size], at, out)
+    def blocks(self, first: Places, lengths: Places, size: int, number: int) -> Iterator[Things]:
+        """As :meth:`gather`, of runs of neighbours; *number* things at a time, always in the same array.
+
+        :param first: where the first of each run is
+        """
+        to_window = (_WINDOW // size).bit_length() - 1
+        low, high = first >> to_window, (first + lengths - 1) >> to_window
+        if int(high.max()) - int(low.min()) < _WINDOWS_MAX:
+            self._keep_small(slice(int(low.min()), int(high.max()) + 2))
+        else:
+            windows = [np.arange(a, b + 1) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+            self._keep_small(np.unique(np.concatenate(windows)))
+        room = np.empty(number, dtype=f"V{size}")
+        pieces: list[_Piece] = []
+        filled = 0
+        for at, left in zip(first.tolist(), lengths.tolist(), strict=True):
+            while left:
+                end = min(filled + left, number)
+                pieces.append((at, filled, end))
+                at, left, filled = at + end - filled, left - (end - filled), end
+                if filled == number:
+                    self._copy(_copy_pieces, size, pieces, room)
+                    yield room
+                    pieces, filled = [], 0
+        if filled:
+            self._copy(_copy_pieces, size, pieces, room)
+            yield room[:filled]
+
+    def _copy(self, copy: Callable[[Things, T, Things], None], size: int, at: T, out: Things) -> None:
+        if size not in self._views:
+            count = (len(self._map) - self._grid) // size
+            self._views[size] = np.frombuffer(self._map, dtype=f"V{size}", offset=self._grid, count=count)
+        source = self._views[size]
+        self._failed |= not _bus_errors().guard(self._mapped_at, lambda: copy(source, at, out))
         if self._failed:
             self.ensure_whole()
             raise KvirtError(f"{self._path} could not be read: does its disk or file server fail?")
@@ -200,13 +233,17 @@ class Core:
 def _copy(source: Things, at: Places, out: Things) -> None:
     """``out[:] = source[at]``."""
     breaks = np.flatnonzero(at[1:] - at[:-1] != 1) + 1
-    if len(breaks) * _RUN > len(at):
+    if len(breaks) * RUN > len(at):
         # Nothing is clipped: otherwise numpy would make a copy first, in case something is out of range.
         np.take(source, at, out=out, mode="clip")
         return
     starts = [0, *breaks.tolist()]
-    for start, end, first in zip(starts, [*starts[1:], len(at)], at[starts].tolist(), strict=True):
-        out[start:end] = source[first : first + end - start]
+    _copy_pieces(source, zip(at[starts].tolist(), starts, [*starts[1:], len(at)], strict=True), out)
+
+
+def _copy_pieces(source: Things, pieces: Iterable[_Piece], out: Things) -> None:
+    for at, start, end in pieces:
+        out[start:end] = source[at : at + end - start]
 
 
 def map_core(prog: drgn.Program, path: Path) -> None:

@@ -28,8 +28,11 @@ def folio_index(batch: PageBatch) -> PageViolations:
     pages in huge pages, and are judged so.
     """
     expected, actual = batch.expected_index(), batch.index()
+    wrong = expected != actual
+    if not wrong.any():
+        return PageViolations.none(batch)
     judged = batch.folios.is_anon() & ~batch.of_vma(batch.table.temporary_stack)
-    return PageViolations(judged & (expected != actual), expected, actual)
+    return PageViolations(judged & wrong, expected, actual)
 
 
 @page_check(
@@ -57,9 +60,12 @@ def folio_anon_vma(batch: PageBatch) -> PageViolations:
 )
 def anon_folio_in_noncow(batch: PageBatch) -> PageViolations:
     """No anonymous folio in a shared mapping."""
+    cow = batch.of_vma(batch.table.cow)
+    if cow.all():
+        return PageViolations.none(batch)
     anonymous = batch.folios.is_anon() | batch.folios.is_ksm()
     zero = constant(np.uint64(0), len(batch.address))
-    return PageViolations(anonymous & ~batch.of_vma(batch.table.cow), zero, batch.folios.mapping)
+    return PageViolations(anonymous & ~cow, zero, batch.folios.mapping)
 
 
 @page_check(
@@ -109,15 +115,17 @@ def folio_exclusive(batch: PageBatch) -> PageViolations:
     pages and whole folios are judged.
     """
     folios = batch.folios
-    exclusive = folios.has(batch.layout.pg_anon_exclusive)
     count = each(np.add, folios.page_mapcount, folios.entire_mapcount)
     counted: Bool = constant(np.bool_(True), len(count))
     if batch.level and "large_mapcount" in batch.layout.large_counts:
         count = folios.large_mapcount
     elif not batch.level and folios.large.any():
         counted = ~folios.large | (count > 0)
-    once = constant(np.uint64(1), len(count))
     several = each(lambda count: count != 1, count)
+    if not several.any():
+        return PageViolations.none(batch)
+    once = constant(np.uint64(1), len(count))
+    exclusive = folios.has(batch.layout.pg_anon_exclusive)
     bad = batch.present & folios.is_anon() & exclusive & counted & several
     return PageViolations(bad, once, each(lambda count: count.astype(np.uint64), count))
 

@@ -19,6 +19,7 @@ from kvirt.mm.pagetable import (
     U64,
     Bool,
     Leaves,
+    any_special,
     leaf_pfn,
     leaf_present,
     leaf_special,
@@ -138,22 +139,25 @@ class Sorter:
         if not present.all():
             pfn = np.where(present, pfn, swap_pfn(layout, leaves))
         row = table.find(leaves.address)
-        zero = self._is_zero(pfn, leaves.level) & present
-        special = leaf_special(leaves) & present & ~zero
-        no_vma = each(lambda row: row < 0, row) & ~zero & ~special
-        for reason, mask in ((ZERO, zero), (SPECIAL, special), (NO_VMA, no_vma)):
-            counter.skip(reason, leaves, mask)
-        keep = ~(zero | special | no_vma)
-        leaves, pfn, row, present = leaves.take(keep), take(pfn, keep), take(row, keep), take(present, keep)
+        covered = each(lambda row: row >= 0, row)
+        if self._any_zero(pfn, leaves.level) or any_special(leaves) or not covered.all():
+            zero = self._is_zero(pfn, leaves.level) & present
+            special = leaf_special(leaves) & present & ~zero
+            no_vma = ~(covered | zero | special)
+            for reason, mask in ((ZERO, zero), (SPECIAL, special), (NO_VMA, no_vma)):
+                counter.skip(reason, leaves, mask)
+            keep = ~(zero | special | no_vma)
+            leaves, pfn, row = leaves.take(keep), take(pfn, keep), take(row, keep)
+            present = take(present, keep)
         if not present.all():
             # All entries of a hugetlb page stand for its first page: set_huge_pte_at()
             pfn = np.where(present, pfn, pfn + within_hugetlb(table, leaves.address, row))
 
         folios = read_folios(self._prog, layout, pfn)
-        poisoned = folios.readable & folios.has(layout.pg_hwpoison)
-        sound = folios.readable & ~poisoned
-        anon = folios.is_anon() & sound
-        if anon.all() and not table.at(table.temporary_stack, row).any():
+        poisoned = folios.has(layout.pg_hwpoison)
+        anon = folios.is_anon()
+        ordinary = anon.all() and folios.readable.all() and not poisoned.any()
+        if ordinary and not table.at(table.temporary_stack, row).any():
             # As most are: no reason below is one of theirs.
             number = len(pfn) * size
             counts.anon += number
@@ -163,6 +167,9 @@ class Sorter:
             address = leaves.address
             batch = PageBatch(layout, table, leaves.level, size, address, pfn, row, folios, present, items)
             return batch, leaves
+        poisoned &= folios.readable
+        sound = folios.readable & ~poisoned
+        anon = anon & sound
         ksm = folios.is_ksm() & sound
         # Nothing but anonymous memory can be faulted into a VMA without operations and file.
         foreign = sound & ~folios.astray & ~anon & ~ksm & table.at(table.pure, row)
@@ -255,10 +262,15 @@ class Sorter:
         )
         return batch, leaves
 
+    def _any_zero(self, pfn: U64, level: int) -> bool:
+        """Whether :meth:`_is_zero` may be true of any."""
+        if level == 0 and self._layout.zero_pfn is not None:
+            # They are among the first.
+            return bool(len(pfn)) and bool(pfn.min() < self._layout.zero_pfn + self._layout.zero_pages)
+        return level == 1 and self._huge_zero_pfn is not None
+
     def _is_zero(self, pfn: U64, level: int) -> Bool:
         if level == 0 and self._layout.zero_pfn is not None:
-            if not len(pfn) or pfn.min() >= self._layout.zero_pfn + self._layout.zero_pages:
-                return np.zeros(len(pfn), dtype=bool)
             first: Bool = (pfn - np.uint64(self._layout.zero_pfn)) < np.uint64(self._layout.zero_pages)
             return first
         if level == 1 and self._huge_zero_pfn is not None:

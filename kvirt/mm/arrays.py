@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,58 @@ def is_constant(array: npt.NDArray[Scalar]) -> bool:
 
 def compact(array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     """An array's values, as a constant if they are all the same, else side by side."""
+    if is_constant(array):
+        return array
     if len(array) and array[0] == array[-1] and array[0] == array[len(array) // 2]:
         first = array[0]
         if (array == first).all():
             return constant(first, len(array))
     return np.ascontiguousarray(array)
+
+
+class Column(Generic[Scalar]):
+    """An array that is filled from its beginning, and is a constant as long as all of it is the same."""
+
+    def __init__(self, dtype: np.dtype[Scalar], length: int, bits: int | None = None) -> None:
+        """Prepare.
+
+        :param bits: if given, those that matter: as long as none of the values has one, all of it is 0
+        """
+        self._dtype, self._length, self._bits = dtype, length, bits
+        self._filled = 0
+        self._value: Any = None
+        self._array: npt.NDArray[Scalar] | None = None
+
+    def put(self, values: npt.NDArray[Scalar], every: int, some: int) -> None:
+        """Set the next part of it.
+
+        :param every: the bits that all of *values* have
+        :param some: those that one of them has
+        """
+        part = slice(self._filled, self._filled + len(values))
+        self._filled = part.stop
+        if self._array is None:
+            if self._bits is not None:
+                every, some = 0, some & self._bits
+            if every == some and self._value in (None, every):
+                self._value = every
+                return
+            self._array = np.empty(self._length, dtype=self._dtype)
+            self._array[: part.start] = self._value or 0
+        self._array[part] = values
+
+    def array(self) -> npt.NDArray[Scalar]:
+        """All of it, once it is filled."""
+        if self._array is not None:
+            return self._array
+        if self._value is None:
+            return np.empty(0, dtype=self._dtype)
+        return constant(self._dtype.type(self._value), self._length)
+
+
+def any_bits(array: npt.NDArray[np.uint64]) -> int:
+    """The bits that any of the numbers has."""
+    return int(array[0] if is_constant(array) else np.bitwise_or.reduce(array))
 
 
 def each(function: Callable[..., Any], *arrays: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.mm.arrays import compact, constant, each, runs, take
+from kvirt.mm.arrays import any_bits, compact, constant, each, runs, take
 from kvirt.mm.memmap import read_struct_pages
 from kvirt.mm.pagetable import U64, Bool
 
@@ -23,6 +23,8 @@ FOLIO_MAPPING_FLAGS = np.uint64(3)
 
 # Members of struct page that are looked at: of the page itself, and of its folio's first.
 _PAGE = ("flags", "compound", "mapping", "index", "mapcount")
+# The rest of the word is of interest in tail pages alone: PageTail(), include/linux/page-flags.h.
+_TAIL = {"compound": 1}
 _HEAD = ("flags", "mapping", "index")
 
 
@@ -85,7 +87,7 @@ class Folios:
 
     def has(self, flags: int) -> Bool:
         """Which pages have one of some page flags."""
-        if not np.bitwise_or.reduce(self.flags) & flags:
+        if not any_bits(self.flags) & flags:
             return np.zeros(len(self.flags), dtype=bool)
         return each(lambda have: (have & np.uint64(flags)) != 0, self.flags)
 
@@ -99,10 +101,10 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
 
     A page frame without readable struct page is marked, not raised.
     """
-    pages, readable = read_struct_pages(prog, layout, pfns, _PAGE)
+    pages, readable = read_struct_pages(prog, layout, pfns, _PAGE, _TAIL)
     number = len(pfns)
     flags = compact(pages["flags"])
-    if not np.bitwise_or.reduce(pages["compound"]) & 1 and not np.bitwise_or.reduce(flags) & layout.pg_head:
+    if not any_bits(pages["compound"]) & 1 and not any_bits(flags) & layout.pg_head:
         # All of them small, as most are.
         zero = constant(np.int64(0), number)
         return Folios(

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import drgn
 import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, Core, Places, core_of
+from kvirt.memory import PAGE_BYTES, RUN, Core, Places, Things, core_of
+from kvirt.mm.arrays import Column
 from kvirt.mm.pagetable import U64, Bool, kernel_huge_page
 
 Members = dict[str, npt.NDArray[Any]]
@@ -22,6 +24,9 @@ _GAP_PAGES = 256
 _RUN_PAGES = 1 << 16
 # Struct pages that are copied together, and taken apart while they are in the processor's cache.
 _BLOCK_PAGES = 1 << 13
+# Struct pages that are put together side by side, for a processor's wide instructions.
+_FOLD = 256
+_NO_BITS: Mapping[str, int] = MappingProxyType({})
 # Page frames that lie so dense are not sorted: so many struct pages are read for each.
 _DENSE = 2
 # Those that are held at once when drgn reads them, with all between them.
@@ -34,12 +39,17 @@ _UNKNOWN, _NOWHERE = -2, -1
 
 
 def read_struct_pages(
-    prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str]
+    prog: drgn.Program,
+    layout: Layout,
+    pfns: U64,
+    names: Sequence[str],
+    bits: Mapping[str, int] = _NO_BITS,
 ) -> tuple[Members, Bool]:
     """Members of the struct pages of page frames in any order, and which could be read.
 
     :param names: of ``layout.page_dtype``
-    :returns: an array for each of them, with 0 for what could not be read
+    :param bits: by name, those that matter: as long as no page has one of them, the member is 0
+    :returns: an array for each of them, with 0 for what could not be read; constants where all agree
     """
     core = core_of(prog)
     size = layout.page.size
@@ -48,6 +58,9 @@ def read_struct_pages(
     sections = prog.cache.get(_CACHE_KEY)
     if not isinstance(sections, _Sections) or sections.core is not core or sections.version != core.version:
         sections = prog.cache[_CACHE_KEY] = _Sections(prog, layout, core)
+    runs = sections.find_runs(pfns)
+    if runs is not None:
+        return _gather_runs(core, layout, runs, names, bits), np.ones(len(pfns), dtype=bool)
     at = sections.find_near(pfns)
     if at is not None:
         return _gather(core, layout, at, names), np.ones(len(pfns), dtype=bool)
@@ -72,6 +85,45 @@ def _gather(core: Core, layout: Layout, at: Places, names: Sequence[str]) -> Mem
     return out
 
 
+def _gather_runs(
+    core: Core, layout: Layout, runs: _Runs, names: Sequence[str], bits: Mapping[str, int]
+) -> Members:
+    number = int(runs.lengths.sum())
+    columns = {name: Column(layout.page_dtype[name], number, bits.get(name)) for name in names}
+    for things in core.blocks(runs.first, runs.lengths, layout.page.size, _BLOCK_PAGES):
+        pages = things.view(layout.page_dtype)
+        every, some = _agreement(things, layout)
+        for name, column in columns.items():
+            column.put(pages[name], every[name], some[name])
+    return {name: column.array() for name, column in columns.items()}
+
+
+def _agreement(things: Things, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """The bits that a member has in every one of some struct pages, and those that it has in any; by name.
+
+    In two passes over all of it, side by side: members far apart would take one each.
+    """
+    words = things.view("<u8").reshape(len(things), -1)
+    whole = len(words) // _FOLD * _FOLD
+    both = []
+    for ufunc in (np.bitwise_and, np.bitwise_or):
+        some = words[whole:]
+        if whole:
+            folded = ufunc.reduce(words[:whole].reshape(whole // _FOLD, -1), axis=0)
+            some = np.concatenate((some, folded.reshape(_FOLD, -1)))
+        page = ufunc.reduce(some, axis=0).view(layout.page_dtype)[0]
+        both.append(dict(zip(layout.page_dtype.names or (), page.item(), strict=True)))
+    return both[0], both[1]
+
+
+class _Runs(NamedTuple):
+    """Struct pages that follow one another in a core."""
+
+    first: Places
+    """Where the first of each run is, in their size."""
+    lengths: Places
+
+
 class _Sections:
     """Where in a core the memmap is, by the huge pages that the kernel maps it with."""
 
@@ -81,10 +133,30 @@ class _Sections:
         # Page frames of one section, in a number of bits.
         self._size = layout.pgtable.huge_size
         self._bits = (self._size // layout.page.size).bit_length() - 1
+        self._inside = (1 << self._bits) - 1
         # What is beyond all memory of the core has no struct page either, or one that drgn may look for: the
         # last section stands for all of it.
         self._start = np.full((core.end >> self._bits) + 2, _UNKNOWN, dtype=np.int64)
         self._start[-1] = _NOWHERE
+
+    def find_runs(self, pfns: U64) -> _Runs | None:
+        """Where runs of neighbours are; None if there are too many, or if one may be nowhere."""
+        frames = pfns.view(np.int64)
+        breaks = np.flatnonzero(frames[1:] - frames[:-1] != 1)
+        if len(breaks) * RUN > len(frames):
+            return None
+        starts = np.concatenate(([0], breaks + 1))
+        first, last = frames[starts], frames[np.concatenate((breaks, [-1]))]
+        cuts = [
+            start + boundary - low
+            for start, low, high in zip(starts.tolist(), first.tolist(), last.tolist(), strict=True)
+            for boundary in range((low | self._inside) + 1, high + 1, self._inside + 1)
+        ]
+        if cuts:
+            # Each section is somewhere else.
+            starts = np.sort(np.concatenate((starts, cuts)))
+        at = self.find(pfns[starts])
+        return None if (at < 0).any() else _Runs(at, np.append(starts[1:], len(frames)) - starts)
 
     def find_near(self, pfns: U64) -> Places | None:
         """As :meth:`find`, of page frames not too far apart; None if they are, or if one may be nowhere."""
@@ -111,7 +183,7 @@ class _Sections:
             for section in np.unique(number[unknown]).tolist():
                 self._start[section] = self._locate(section)
             start = self._start[number]
-        inside = (pfns & np.uint64((1 << self._bits) - 1)).astype(np.int64)
+        inside = (pfns & np.uint64(self._inside)).astype(np.int64)
         at: Places = np.where(start < 0, start, start + inside)
         return at
 

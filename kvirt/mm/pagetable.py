@@ -23,9 +23,9 @@ Bool = npt.NDArray[np.bool_]
 
 # PTE tables decoded at once: 1 Mi pages. Bounds memory, whatever the size of the process.
 _TABLES_AT_ONCE = 2048
-# And where nothing is won by reading much at once: what belongs to 32 Ki pages stays in a processor's cache
-# while it is judged.
-_TABLES_IN_CACHE = 64
+# And where nothing is won by reading much at once: what belongs to 64 Ki pages stays in a processor's cache
+# while it is judged, or nearly.
+_TABLES_IN_CACHE = 128
 # Tables that are tried one by one when they cannot be read; the rest of those is then given up unread.
 _UNREADABLE_MAX = 1 << 12
 
@@ -85,11 +85,13 @@ def leaf_present(leaves: Leaves) -> Bool:
 
 def leaf_special(leaves: Leaves) -> Bool:
     """Which present entries have no struct page to look at: ``pte_special()`` and its kin."""
-    bit = np.uint64(leaves.tables.special)
-    if not np.bitwise_or.reduce(leaves.entry) & bit:
-        return np.zeros(len(leaves), dtype=bool)
-    special: Bool = (leaves.entry & bit) != 0
+    special: Bool = (leaves.entry & np.uint64(leaves.tables.special)) != 0
     return special
+
+
+def any_special(leaves: Leaves) -> bool:
+    """Whether :func:`leaf_special` is true of any."""
+    return bool(np.bitwise_or.reduce(leaves.entry) & np.uint64(leaves.tables.special))
 
 
 def leaf_pfn(leaves: Leaves) -> U64:

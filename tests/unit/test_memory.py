@@ -14,6 +14,7 @@ from kvirt.elfcore import PT_LOAD
 from kvirt.errors import KvirtError
 from kvirt.memory import core_of, map_core, unmap_core
 from kvirt.mm import memmap
+from kvirt.mm.arrays import is_constant
 from kvirt.mm.memmap import read_struct_pages
 from tests.unit.fake import VMEMMAP, Memory, make_layout
 
@@ -162,3 +163,62 @@ def test_struct_pages_in_no_order_however_much_is_held(made_up, monkeypatch, poo
     monkeypatch.setattr(memmap, "_POOL_PAGES", pool)
     assert indexes(made_up, 0x10001, 5, 1 << 51, 7, 0x8001, 5) == [0x10002, 6, None, None, 0x8002, 6]
     assert indexes(made_up) == []
+
+
+@pytest.fixture
+def sections(tmp_path, monkeypatch):
+    """Two sections of struct pages, of which the second comes first in the core; and their words."""
+    words = np.random.default_rng(1).integers(0, 1 << 63, (2 * SECTION // 64, 8), dtype=np.uint64)
+    # Whatever these hold, nobody is a tail page of a folio: all of page->compound_info but its lowest bit.
+    words[:, 1] &= ~np.uint64(1)
+    words[:, [0, 3, 6]] = 0x1234, 0x8888, 0xFFFFFFFF
+    half = SECTION // 64
+    data = np.concatenate((words[half:], words[:half])).tobytes()
+    made_up = Memory()
+    segments = [(0x200000, data, 0), (0x10000000, pages(0), 0)]
+    map_core(made_up.prog, write_core(tmp_path / "core", segments))
+    places = {VMEMMAP: 0x200000 + SECTION, VMEMMAP + SECTION: 0x200000}
+    monkeypatch.setattr(memmap, "kernel_huge_page", lambda prog, layout, address: places.get(address))
+    return made_up, words
+
+
+RUNS = {
+    "one": np.arange(3, 700),
+    "across sections": np.arange(0x7F00, 0x8100),
+    "all": np.arange(0x10000),
+    "several, in no order": np.concatenate([np.arange(n, n + 300) for n in (900, 0x7FF0, 100, 0x8800, 100)]),
+    "short": np.array([5]),
+}
+
+
+@pytest.mark.parametrize("block", [100, 1 << 13])
+@pytest.mark.parametrize("spoilt", [None, 0, 150, -1])
+@pytest.mark.parametrize("pfns", RUNS.values(), ids=RUNS)
+def test_runs_of_struct_pages(sections, monkeypatch, pfns, spoilt, block):
+    made_up, words = sections
+    monkeypatch.setattr(memmap, "_BLOCK_PAGES", block)
+    if spoilt is not None and len(pfns) > 150:
+        # One page is unlike the others in all members but one.
+        words = words.copy()
+        words[pfns[spoilt]] = 0x4321, 1, 2, 0x8888, 5, 6, 7, 8
+        at = 0x200000 + (words.nbytes // 2 + 64 * int(pfns[spoilt])) % words.nbytes
+        core = core_of(made_up.prog)
+        with core._path.open("r+b") as file:
+            file.seek(OFFSET + at - 0x200000)
+            file.write(words[pfns[spoilt]].tobytes())
+    names = ["flags", "compound", "mapping", "index", "mapcount"]
+    found, good = read_struct_pages(
+        made_up.prog, make_layout(), pfns.astype(np.uint64), names, {"compound": 1}
+    )
+    assert good.all()
+    expected = words[pfns]
+    for name, word in (("flags", 0), ("mapping", 3), ("index", 4)):
+        assert (found[name] == expected[:, word]).all()
+    assert (found["mapcount"] == expected[:, 6].astype(np.uint32).view(np.int32)).all()
+    tails = (expected[:, 1] & np.uint64(1)) != 0
+    assert ((found["compound"] & np.uint64(1)) == tails).all()
+    assert (found["compound"][tails] == expected[tails, 1]).all()
+    # What all agree in takes no room.
+    assert is_constant(found["mapping"]) and is_constant(found["flags"]) == (
+        spoilt is None or len(pfns) < 150
+    )

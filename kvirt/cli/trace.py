@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvirt.aside import Aside
 from kvirt.cli import TargetOptions
 from kvirt.cli.basics import busy, format_option
 from kvirt.errors import KvirtError, printable
 from kvirt.trace import environment, program
-from kvirt.trace.aside import Aside
 from kvirt.trace.command import CannotRun, Command
 from kvirt.trace.counts import Counts, Violation, since
 from kvirt.trace.filters import Cgroup, Glob, need_first_pid_namespace, process

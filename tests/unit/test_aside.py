@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from kvirt.errors import KvirtError
-from kvirt.trace.aside import Aside
+from kvirt.aside import Aside
+from kvirt.errors import FilteredError, KvirtError
 
 
-def refuse():
-    raise KvirtError("This kernel has no BTF.")
+def refuse(error):
+    raise error
 
 
 def run(work):
@@ -28,8 +28,10 @@ def test_large_results_come_whole():
 
 
 def test_errors_come_back():
-    with pytest.raises(KvirtError, match=r"^This kernel has no BTF\.$"):
-        run(refuse)
+    for kind in (KvirtError, FilteredError):
+        with pytest.raises(KvirtError, match=r"^This kernel has no BTF\.$") as caught:
+            run(lambda: refuse(kind("This kernel has no BTF.")))  # noqa: B023
+        assert type(caught.value) is kind
 
 
 def test_what_comes_to_no_end_there_is_done_here():

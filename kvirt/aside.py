@@ -48,7 +48,7 @@ class Aside(Generic[T]):
             try:
                 answer = pickle.dumps((self._work(), None))
             except KvirtError as error:
-                answer = pickle.dumps((None, str(error)))
+                answer = pickle.dumps((None, error))
             with os.fdopen(result, "wb") as file:
                 file.write(answer)
         os._exit(0)
@@ -65,7 +65,7 @@ class Aside(Generic[T]):
         except (EOFError, pickle.UnpicklingError):
             return self._work()
         if refused is not None:
-            raise KvirtError(refused)
+            raise refused
         done: T = value
         return done
 

@@ -19,6 +19,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
+from typing import Any
 
 from kvirt.errors import KvirtError, printable
 
@@ -201,11 +202,25 @@ class Btf:
         uppermost = types[7 if sys.byteorder == "little" else 4 :: 4]
         kinds = bytes(map(uppermost.__getitem__, islice(self._records, 1, None)))
         self._kinds = b"\0" + kinds.translate(bytes(i & 0x7F for i in range(256)))
+        self._named: dict[tuple[Kind, str], tuple[int, ...]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be without what is made of the rest when it is asked for."""
         self._of_kinds: dict[Kind, list[int]] = {}
         self._by_name: dict[Kind, tuple[list[int], dict[int, int]]] = {}
         self._enumerators: dict[int, int] | None = None
         self._members: dict[int, tuple[Member, ...]] = {}
         self._spelled: dict[int, str] = {}
+
+    def __getstate__(self) -> tuple[object, ...]:
+        # Numbers one by one, and tables of them, take longer to send than all the rest.
+        return self._unknown, self._words, self._strings, array("i", self._records), self._kinds, self._named
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._unknown, self._words, self._strings, records, self._kinds, self._named = state
+        self._records = records.tolist()
+        self._forget()
 
     def _find_records(self, sizes: _Sizes) -> list[int]:
         """Index in the words of each type's record, by its number."""
@@ -267,6 +282,11 @@ class Btf:
 
     def named(self, kind: Kind, name: str) -> tuple[int, ...]:
         """Return the types of a kind and name, in their order: none, one, or several that differ."""
+        if (kind, name) not in self._named:
+            self._named[kind, name] = self._find_named(kind, name)
+        return self._named[kind, name]
+
+    def _find_named(self, kind: Kind, name: str) -> tuple[int, ...]:
         records = self._of_kind(kind)
         if kind not in self._by_name:
             names = [self._words[record] for record in records]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import drgn
-import numpy as np
 
 from kvirt.architecture import check_architecture
 from kvirt.errors import KvirtError
@@ -21,6 +22,9 @@ from kvirt.pgtable import PageTables, arm64, x86_64
 from kvirt.scheme import VM_FLAG_BITS, Scheme, detect_scheme
 from kvirt.snapshot import Readable
 from kvirt.vmcoreinfo import vmcoreinfo_number
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class StructLayout:
         self.members = dict(members)
         self._names = tuple(self.members)
         self._getters: dict[tuple[str, ...], Values] = {}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return StructLayout, (self.type_name, self.size, self.members)
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -271,10 +278,8 @@ class Layout:
     """struct address_space: the pages of a file."""
     inode: StructLayout
     page: StructLayout
-    page_dtype: np.dtype[np.void]
-    """All members that kvirt reads; those of *large_counts* mean something in second pages only."""
-    large_counts: frozenset[str]
-    """What this kernel has in the second struct page of a large folio: some of "nr_pages",
+    large_counts: Mapping[str, Member]
+    """What this kernel has in the second struct page of a large folio, and where in it: some of "nr_pages",
     "large_mapcount" and "entire_mapcount"."""
     compound_mask: bool
     """Tail pages hold a mask rather than a pointer (``compound_info_has_mask``)."""
@@ -308,6 +313,23 @@ class Layout:
     """mremap(MREMAP_DONTUNMAP) makes an emptied source natural again."""
     hugetlb_index_in_pages: bool
     """hugetlb folios are indexed in base pages, as all others (Linux 6.7 and later)."""
+
+    @cached_property
+    def page_dtype(self) -> np.dtype[np.void]:
+        """All of a struct page that kvirt reads; *large_counts* mean something in second pages only."""
+        # It takes long to import, and whoever only learns what a kernel looks like does without.
+        import numpy as np
+
+        formats = {8: "<u8", 4: "<i4"}
+        members = {**self.page.members, **self.large_counts}
+        return np.dtype(
+            {
+                "names": list(members),
+                "formats": [formats[m.size] for m in members.values()],
+                "offsets": [m.offset for m in members.values()],
+                "itemsize": self.page.size,
+            }
+        )
 
     @property
     def page_shift(self) -> int:
@@ -533,10 +555,10 @@ def _large(prog: drgn.Program) -> dict[str, Member]:
     return members
 
 
-def _page(prog: drgn.Program, large: Mapping[str, Member]) -> tuple[StructLayout, np.dtype[np.void]]:
+def _page(prog: drgn.Program) -> StructLayout:
     # "mapping" and "index" lie at the same offsets in struct page and struct folio; a folio's are
     # those of its first page.
-    layout = _struct(
+    return _struct(
         prog,
         "struct page",
         {
@@ -548,17 +570,6 @@ def _page(prog: drgn.Program, large: Mapping[str, Member]) -> tuple[StructLayout
             "mapcount": ["_mapcount.counter"],
         },
     )
-    formats = {8: "<u8", 4: "<i4"}
-    members = {**layout.members, **large}
-    dtype = np.dtype(
-        {
-            "names": list(members),
-            "formats": [formats[m.size] for m in members.values()],
-            "offsets": [m.offset for m in members.values()],
-            "itemsize": layout.size,
-        }
-    )
-    return layout, dtype
 
 
 def _swap_cache(prog: drgn.Program) -> SwapTableLayout | SwapSpacesLayout | None:
@@ -762,8 +773,7 @@ def read_layout(prog: drgn.Program) -> Layout:
         prog.variable(name)
     copy_vma = _copy_vma_parameters(prog)
     scheme = detect_scheme(_member_names(vma_type), copy_vma)
-    large = _large(prog)
-    page, page_dtype = _page(prog, large)
+    page = _page(prog)
     zero_pfn = _number(prog, "zero_page_pfn")
     if zero_pfn is None:
         zero_pfn = _number(prog, "zero_pfn") if _variable(prog, "zero_pfn") is not None else None
@@ -838,8 +848,7 @@ def read_layout(prog: drgn.Program) -> Layout:
         ),
         inode=_struct(prog, "struct inode", {"i_blkbits": ["i_blkbits"], "i_flags": ["i_flags"]}),
         page=page,
-        page_dtype=page_dtype,
-        large_counts=frozenset(large),
+        large_counts=_large(prog),
         compound_mask=has_mask,
         maple=_maple(prog),
         vm=_vm_flags(prog),

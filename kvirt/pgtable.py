@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 # Bits of a 64-bit entry, eight bytes.
 _ENTRY_SHIFT = 3
 _ALL = (1 << 64) - 1
@@ -119,11 +117,11 @@ class PageTables:
         return self.physical(_ALL).bit_length()
 
     @cached_property
-    def table_not(self) -> np.uint64:
+    def table_not(self) -> int:
         """What no entry has that leads to a table."""
         # The address may be any: what does not exist cannot be read.
         address = self.address & ~(self.page_size - 1) | self.high
-        return np.uint64(~(self.table_has | self.table_may | address) & _ALL)
+        return ~(self.table_has | self.table_may | address) & _ALL
 
 
 def x86_64(levels: int, physical_mask: int) -> PageTables:

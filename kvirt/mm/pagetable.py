@@ -236,8 +236,8 @@ def _bad(tables: PageTables, entries: U64) -> Bool:
     What was a table of a process that has just exited may be anybody's data, and each word of it lead
     anywhere; followed, they would be tables without end.
     """
-    has = np.uint64(tables.table_has)
-    bad: Bool = ((entries & tables.table_not) != 0) | ((entries & has) != has)
+    has, lacks = np.uint64(tables.table_has), np.uint64(tables.table_not)
+    bad: Bool = ((entries & lacks) != 0) | ((entries & has) != has)
     return bad
 
 

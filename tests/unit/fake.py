@@ -7,7 +7,6 @@ import struct
 from collections.abc import Mapping
 
 import drgn
-import numpy as np
 
 from kvirt import pgtable
 from kvirt.layout import (
@@ -73,24 +72,6 @@ def make_layout(
     members["anon_pgoff_hi"] = Member(84, 4)
     if scheme is Scheme.LEGACY:
         del members["anon_pgoff_lo"], members["anon_pgoff_hi"]
-    page_dtype = np.dtype(
-        {
-            "names": [
-                "flags",
-                "compound",
-                "mapping",
-                "index",
-                "private",
-                "mapcount",
-                "nr_pages",
-                "large_mapcount",
-                "entire_mapcount",
-            ],
-            "formats": ["<u8", "<u8", "<u8", "<u8", "<u8", "<i4", "<u4", "<i4", "<i4"],
-            "offsets": [0, 8, 24, 32, 40, 48, 60, 16, 24],
-            "itemsize": 64,
-        }
-    )
     page = StructLayout(
         "struct page",
         64,
@@ -100,6 +81,7 @@ def make_layout(
             "mapping": Member(24, 8),
             "index": Member(32, 8),
             "private": Member(40, 8),
+            "mapcount": Member(48, 4),
         },
     )
     return Layout(
@@ -142,8 +124,11 @@ def make_layout(
         mapping=_layout("struct address_space", 32, i_mmap=0, rwsem_count=16, host=24),
         inode=_layout("struct inode", 16, i_blkbits=0, i_flags=8),
         page=page,
-        page_dtype=page_dtype,
-        large_counts=frozenset({"nr_pages", "large_mapcount", "entire_mapcount"}),
+        large_counts={
+            "nr_pages": Member(60, 4),
+            "large_mapcount": Member(16, 4),
+            "entire_mapcount": Member(24, 4),
+        },
         compound_mask=compound_mask,
         # Sixteen and ten slots, as the kernel has them on 64 bits.
         maple=MapleLayout(32, slice(1, 16), slice(16, 32), 248, slice(1, 10), slice(10, 20), 240),

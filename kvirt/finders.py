@@ -263,14 +263,23 @@ def _is_here(prog: drgn.Program) -> bool:
 SymbolFinder = Callable[[drgn.Program, str | None, int | None, bool], Sequence[drgn.Symbol]]
 
 
+Symbols = dict[str, list[tuple[int, int, int, int]]]
+"""By name: address, size, binding and kind of each symbol. drgn's own cannot be sent to another process."""
+
+
 class _ByName:
     """A symbol finder over a table of which few symbols are ever asked for, and those by name.
 
     drgn's own takes all of it apart in advance; it is asked for everything else.
     """
 
-    def __init__(self, find: Callable[[str], Iterator[drgn.Symbol]]) -> None:
+    def __init__(self, find: Callable[[str], Iterator[drgn.Symbol]] | None = None) -> None:
+        """Prepare.
+
+        :param find: None to read the table when there is a name that is not in *found*
+        """
         self._find = find
+        self.found: Symbols = {}
         self._index: SymbolFinder | None = None
 
     def __call__(
@@ -278,7 +287,14 @@ class _ByName:
     ) -> Sequence[drgn.Symbol]:
         """Follow drgn's Program.register_symbol_finder()."""
         if name is not None and address is None:
-            return list(islice(self._find(name), 1 if one else None))
+            if name not in self.found:
+                self._find = self._find or _table(prog)
+                symbols = self._find(name)
+                self.found[name] = [(s.address, s.size, s.binding.value, s.kind.value) for s in symbols]
+            return [
+                drgn.Symbol(name, at, size, drgn.SymbolBinding(binding), drgn.SymbolKind(kind))
+                for at, size, binding, kind in self.found[name][: 1 if one else None]
+            ]
         if self._index is None:
             self._index = _whole_index(prog)
         return self._index(prog, name, address, one)
@@ -291,11 +307,10 @@ def _whole_index(prog: drgn.Program) -> SymbolFinder:
     return index
 
 
-def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
-    """Read the symbols of a kernel from its own table.
+def _table(prog: drgn.Program) -> Callable[[str], Iterator[drgn.Symbol]]:
+    """Return a function that finds the symbols of a name.
 
-    :returns: a finder for drgn's Program.register_symbol_finder()
-    :raises KvirtError: if the kernel does not tell where it is
+    :raises KvirtError: if the kernel does not tell where they are
     """
     if _is_here(prog):
         table = ProcKallsyms(Path("/proc/kallsyms").read_bytes())
@@ -304,12 +319,12 @@ def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
                 "The kernel hides the addresses of its symbols: run kvirt as root, and with 'sysctl "
                 "kernel.kptr_restrict=1' if it hides them from root too."
             )
-        return _ByName(table.find)
+        return table.find
     with contextlib.suppress(LookupError, ValueError, drgn.FaultError):
-        return _ByName(Kallsyms(prog).find)
+        return Kallsyms(prog).find
     try:
         # It may know what that does not, and says best why it cannot be read.
-        return _whole_index(prog)
+        index = _whole_index(prog)
     except Exception as error:  # drgn has one of its own for each way in which the table can be wrong
         if "kallsyms_names" in vmcoreinfo_symbols(prog):
             raise KvirtError(
@@ -320,6 +335,16 @@ def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
             f"The kernel's symbols cannot be found without its vmlinux ({error}): its VMCOREINFO has to tell "
             "of kallsyms, as Linux 6.0 and later do; give the vmlinux with --symbols."
         ) from None
+    return lambda name: iter(index(prog, name, None, False))
+
+
+def read_kallsyms(prog: drgn.Program) -> SymbolFinder:
+    """Read the symbols of a kernel from its own table.
+
+    :returns: a finder for drgn's Program.register_symbol_finder()
+    :raises KvirtError: if the kernel does not tell where it is
+    """
+    return _ByName(_table(prog))
 
 
 def read_btf(prog: drgn.Program) -> Btf:
@@ -357,15 +382,24 @@ def _register(prog: drgn.Program, name: str, btf: Btf, index: int) -> None:
     prog.register_object_finder(name, finders.find_object, enable_index=index)
 
 
-def use_btf(prog: drgn.Program, btf: Btf | None = None) -> None:
+def use_btf(prog: drgn.Program, btf: Btf | None = None, symbols: Symbols | None = None) -> None:
     """Have a program find types, objects and symbols in BTF and kallsyms, before it looks elsewhere.
 
     :param btf: the kernel's, if it is not to be read from the kernel
+    :param symbols: those that are known already; others are looked for when they are asked for
     :raises KvirtError: if the kernel does not have what is needed
     """
-    prog.register_symbol_finder(FINDER, read_kallsyms(prog), enable_index=0)
-    prog.cache[_CACHE_KEY] = btf or read_btf(prog)
-    _register(prog, FINDER, prog.cache[_CACHE_KEY], 0)
+    finder = _ByName(None if symbols else _table(prog))
+    finder.found.update(symbols or {})
+    prog.register_symbol_finder(FINDER, finder, enable_index=0)
+    prog.cache[_CACHE_KEY] = (btf or read_btf(prog)), finder.found
+    _register(prog, FINDER, prog.cache[_CACHE_KEY][0], 0)
+
+
+def used_btf(prog: drgn.Program) -> tuple[Btf, Symbols]:
+    """What a program found after :func:`use_btf`, with which that is done in no time in another process."""
+    btf, symbols = prog.cache[_CACHE_KEY]
+    return btf, symbols
 
 
 def use_module_btf(prog: drgn.Program, module: str) -> None:
@@ -388,6 +422,6 @@ def use_module_btf(prog: drgn.Program, module: str) -> None:
         if btf.name.string_().decode(errors="replace") == module:
             data = prog.read(btf.data.value_(), btf.data_size.value_())
             # Behind the kernel's own: a module may have a structure of the same name.
-            _register(prog, name, Btf(data, prog.cache[_CACHE_KEY]), -1)
+            _register(prog, name, Btf(data, used_btf(prog)[0]), -1)
             return
     raise KvirtError(f"No module {module} with types of its own is loaded in this kernel.")

@@ -874,12 +874,20 @@ def read_layout(prog: drgn.Program) -> Layout:
     )
 
 
+_CACHE_KEY = "kvirt.layout"
+
+
+def know_layout(prog: drgn.Program, layout: Layout) -> None:
+    """Tell a program its kernel's layout, which another process has learned of the same kernel."""
+    prog.cache[_CACHE_KEY] = layout
+
+
 def layout_of(prog: drgn.Program) -> Layout:
     """The layout of a program's kernel, learned once.
 
     :raises KvirtError: as :func:`read_layout`
     """
-    layout = prog.cache.get("kvirt.layout")
+    layout = prog.cache.get(_CACHE_KEY)
     if not isinstance(layout, Layout):
         try:
             layout = read_layout(prog)
@@ -893,5 +901,5 @@ def layout_of(prog: drgn.Program) -> Layout:
                 f"The types and symbols of this kernel lack what kvirt needs ({error}), or are damaged: "
                 "give its vmlinux with debug information with --symbols, or report the kernel's version."
             ) from None
-        prog.cache["kvirt.layout"] = layout
+        know_layout(prog, layout)
     return layout

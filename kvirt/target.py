@@ -9,17 +9,25 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import drgn
 
 from kvirt.architecture import check_architecture
+from kvirt.aside import Aside
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
 from kvirt.filtered import mark_filtered
 from kvirt.pause import Pause, connect
+
+if TYPE_CHECKING:
+    from kvirt.btf import Btf
+    from kvirt.finders import Symbols
+    from kvirt.layout import Layout
 
 # drgn reports what it looked for and missed through this logger. What matters of it is said by the
 # sentences below; the rest would stand between a user and the result.
@@ -215,22 +223,57 @@ def _load_dwarf(prog: drgn.Program, symbols: Sequence[Path], finders: Sequence[s
         )
 
 
-def _use_btf(prog: drgn.Program) -> None:
-    # It takes long to import, and most have debug information.
-    from kvirt.finders import use_btf
+def _learn(prog: drgn.Program) -> tuple[Btf, Symbols, Layout | None]:
+    """Use BTF and kallsyms, and learn by them what most commands need to know first."""
+    from kvirt.finders import use_btf, used_btf
+    from kvirt.layout import layout_of
 
     use_btf(prog)
+    # Those who need it meet the same error, and say it.
+    layout = None
+    with contextlib.suppress(KvirtError):
+        layout = layout_of(prog)
+        # What naming VMAs asks for beside (drgn.helpers.linux.mm.vma_name()).
+        for name in ("special_mapping_name",):
+            with contextlib.suppress(LookupError):
+                prog.symbol(name)
+    return *used_btf(prog), layout
 
 
-def _load_types(prog: drgn.Program, symbols: Sequence[Path], types: str) -> str:
-    """Load types and symbols, and tell from where: "dwarf" or "btf"."""
+def _use_btf(prog: drgn.Program, alone: bool, meanwhile: Callable[[], None]) -> None:
+    """Use BTF and kallsyms.
+
+    All of it is Python, as is what is to be done meanwhile: only another process can do it beside.
+
+    :param alone: whether this process is the only one that can read the kernel
+    """
+    if alone or len(os.sched_getaffinity(0)) == 1:
+        meanwhile()
+        _learn(prog)
+        return
+    with Aside(partial(_learn, prog)) as aside:
+        # Threads are not to be there when processes part.
+        meanwhile()
+        btf, symbols, layout = aside.result()
+    # It takes long to import, and most have debug information.
+    from kvirt.finders import FINDER, use_btf
+    from kvirt.layout import know_layout
+
+    if FINDER not in prog.registered_type_finders():
+        use_btf(prog, btf, symbols)
+    if layout is not None:
+        know_layout(prog, layout)
+
+
+def _load_types(prog: drgn.Program, symbols: Sequence[Path], types: str, use_btf: Callable[[], None]) -> str:
+    """Find types and symbols, and tell where: "dwarf" or "btf"."""
     if types == "btf":
         if symbols:
             raise KvirtError(
                 "--types btf takes types and symbols from the kernel itself: leave out --symbols, or read "
                 "the debug file with --types dwarf."
             )
-        _use_btf(prog)
+        use_btf()
         return "btf"
     if types == "dwarf" or symbols:
         _load_dwarf(prog, symbols)
@@ -243,7 +286,7 @@ def _load_types(prog: drgn.Program, symbols: Sequence[Path], types: str) -> str:
     except _NoDebugInfoError as error:
         missing = str(error)
     try:
-        _use_btf(prog)
+        use_btf()
         return "btf"
     except KvirtError as error:
         without = str(error)
@@ -261,10 +304,13 @@ def open_target(
     types: str = "auto",
     *,
     pause: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Target:
     """Open the kernel of a vmcore, of a QEMU guest, or else the running one, with its types.
 
     :param pause: stop the QEMU guest until ``target.pause.end()``, or until this process ends
+    :param meanwhile: called once it is known where types come from, which takes a while to read: has to
+        return at once, and may have started a thread
     :raises KvirtError: if that is not possible; the sentence says why and what to do
     """
     prog = drgn.Program()
@@ -285,7 +331,11 @@ def open_target(
         )
     check_architecture(prog.platform)
     try:
-        used = _load_types(prog, symbols, types)
+        # A connection to QEMU cannot be shared.
+        use_btf = partial(_use_btf, prog, qemu is not None, meanwhile)
+        used = _load_types(prog, symbols, types, use_btf)
+        if used == "dwarf":
+            meanwhile()
         # drgn goes through debug information when it is first asked, and lets other threads run meanwhile.
         with contextlib.suppress(LookupError):
             prog.type("struct vm_area_struct")

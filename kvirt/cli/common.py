@@ -69,21 +69,27 @@ def _import_the_rest() -> None:
 def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
     """Open the target named before the command, and learn its kernel's layout.
 
-    drgn is busy with the kernel's debug information for longer than it takes to import what commands need
-    then, numpy above all. So that is done meanwhile, and commands import it when they have the kernel.
+    It takes about as long to read the kernel's types as to import what commands need then, numpy above all.
+    So that is done meanwhile, and commands import it when they have the kernel.
     """
     from kvirt.target import open_target
 
     options = ctx.find_object(TargetOptions) or TargetOptions()
     disabled = os.environ.get("DRGN_DISABLE_PLUGINS")
     os.environ["DRGN_DISABLE_PLUGINS"] = ",".join([*([disabled] if disabled else []), *_NO_PLUGINS])
-    meanwhile = threading.Thread(target=_import_the_rest)
-    meanwhile.start()
+    rest = threading.Thread(target=_import_the_rest)
     with busy("reading the kernel's types"):
-        target = open_target(options.core, options.qemu, options.symbols, options.types, pause=options.pause)
+        target = open_target(
+            options.core,
+            options.qemu,
+            options.symbols,
+            options.types,
+            pause=options.pause,
+            meanwhile=rest.start,
+        )
         if target.pause is not None:
             ctx.call_on_close(partial(_resume, target.pause, options.qemu))
-        meanwhile.join()
+        rest.join()
         from kvirt.layout import layout_of
 
         return target, layout_of(target.prog)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
+import pickle
 import random
 import struct
 import sys
@@ -63,6 +64,19 @@ def test_every_kind_is_passed(btf):
     assert {btf.kind(i) for i in range(len(btf))} == set(Kind)
     assert btf.name(only(btf, Kind.FLOAT, "double")) == "double"
     assert btf.name(0) == "void"
+
+
+def test_another_process_is_told_all_of_it(btf):
+    (vma,) = btf.named(Kind.STRUCT, "vma")
+    sent = pickle.loads(pickle.dumps(btf))
+    # What it has found already it still knows.
+    for told in (sent, pickle.loads(pickle.dumps(sent))):
+        assert [(told.kind(i), told.name(i), told.members(i)) for i in range(len(told))] == [
+            (btf.kind(i), btf.name(i), btf.members(i)) for i in range(len(btf))
+        ]
+        assert told.named(Kind.STRUCT, "vma") == (vma,)
+        assert told.named(Kind.STRUCT, "node") == btf.named(Kind.STRUCT, "node") != ()
+        assert told.named(Kind.STRUCT, "nothing") == ()
 
 
 def test_names_are_whole_and_of_their_kind(btf):

@@ -4,9 +4,9 @@
 import drgn
 import pytest
 
-from kvirt.btf import Btf
+from kvirt.btf import Btf, Kind
 from kvirt.errors import KvirtError
-from kvirt.finders import _ByName, _register, read_kallsyms
+from kvirt.finders import _ByName, _register, read_kallsyms, use_btf, used_btf
 from kvirt.kallsyms import ProcKallsyms
 
 from .btf_assembler import Assembler
@@ -187,6 +187,23 @@ def with_vmcoreinfo(text: str) -> drgn.Program:
         enable_index=0,
     )
     return prog
+
+
+def test_symbols_that_another_process_found():
+    symbols = {"_stext": [(0xFFFFFFFF81000000, 16, 2, 2)], "zero_pfn": []}
+    prog = with_vmcoreinfo("OSRELEASE=7.3\n")
+    use_btf(prog, Btf(everything().finish()), symbols)
+    found = prog.symbol("_stext")
+    assert (found.address, found.size) == (0xFFFFFFFF81000000, 16)
+    assert (found.binding, found.kind) == (drgn.SymbolBinding.GLOBAL, drgn.SymbolKind.FUNC)
+    with pytest.raises(LookupError):
+        prog.symbol("zero_pfn")
+    # Of others it was not told, and nothing in this kernel tells of them.
+    with pytest.raises(KvirtError, match="cannot be found without its vmlinux"):
+        prog.symbol("init_mm")
+    btf, known = used_btf(prog)
+    assert known == symbols
+    assert btf.named(Kind.STRUCT, "vma")
 
 
 @pytest.mark.parametrize(

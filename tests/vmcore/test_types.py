@@ -18,7 +18,7 @@ from kvirt.btf import Btf
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
 from kvirt.errors import KvirtError
-from kvirt.finders import read_kallsyms, use_btf, use_module_btf
+from kvirt.finders import read_kallsyms, use_btf, use_module_btf, used_btf
 from kvirt.kallsyms import Kallsyms
 from kvirt.layout import StructLayout, layout_of, read_layout
 from kvirt.scheme import Scheme
@@ -75,6 +75,17 @@ def plain(value):
 def test_the_layout_is_the_same(dump):
     alone = read_layout(open_target(core=dump.core, types="btf").prog)
     assert plain(alone) == plain(layout_of(dump.opened().prog))
+
+
+def test_another_process_learns_the_same(dump):
+    together, apart = drgn.Program(), open_target(core=dump.core, types="btf").prog
+    together.set_core_dump(dump.core)
+    use_btf(together)
+    assert plain(layout_of(together)) == plain(layout_of(apart))
+    (_, asked), (_, told) = used_btf(together), used_btf(apart)
+    # Each name that was asked for there, with what was found of it.
+    assert {**told, **asked} == told
+    assert plain(find_process(together, dump.pid)) == plain(find_process(apart, dump.pid))
 
 
 def bare(dump):

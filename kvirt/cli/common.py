@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import sys
 import threading
@@ -58,7 +58,19 @@ _THE_REST = ("tabulate", "kvirt.checks.machine", "kvirt.render.json", "kvirt.ren
 _NO_PLUGINS = ("builtin_commands", "crash_commands")
 
 
+# This package of drgn's imports all of its modules, which takes as long as numpy.
+_HELPERS = "drgn.helpers.linux"
+
+
+def _enter_only(package: str) -> None:
+    """Have a package's modules imported without what the package itself does."""
+    spec = importlib.util.find_spec(package)
+    if spec is not None and package not in sys.modules:
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+
+
 def _import_the_rest() -> None:
+    _enter_only(_HELPERS)
     # Whoever imports one of these again meets the same error, and says so.
     with contextlib.suppress(Exception):
         for module in _THE_REST:

@@ -42,6 +42,10 @@ RUN = 64
 _WINDOWS_MAX = (256 << 20) // _WINDOW
 
 
+# glibc takes arrays of more than 128 KiB from the kernel one by one, each page of which is faulted in and
+# cleared, until one that is larger than they has been freed (mallopt(3), M_MMAP_THRESHOLD).
+np.empty(_ARRAY_BYTES_MAX, dtype=np.uint8)
+
 _libc = ctypes.CDLL(None)
 _libc.signal.restype, _libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
 _libc.mmap.restype = ctypes.c_void_p
@@ -119,9 +123,6 @@ class Core:
             offset = load.offset + first * PAGE_BYTES - load.physical
             if offset % PAGE_BYTES == self._grid and first < end:
                 self._runs.append((first, end, offset // PAGE_BYTES))
-        # glibc takes arrays of more than 128 KiB from the kernel one by one, each page of which is faulted in
-        # and cleared, until one that is larger than they has been freed (mallopt(3), M_MMAP_THRESHOLD).
-        np.empty(_ARRAY_BYTES_MAX, dtype=np.uint8)
         self._views: dict[int, Things] = {}
         self._mapped = np.zeros(len(self._map) // _WINDOW + 1, dtype=bool)
         self._mapped_count = 0

@@ -86,7 +86,7 @@ def _gather(core: Core, layout: Layout, at: Places, names: Sequence[str]) -> Mem
 
 
 def _gather_runs(
-    core: Core, layout: Layout, runs: _Runs, names: Sequence[str], bits: Mapping[str, int]
+    core: Core, layout: Layout, runs: _Places, names: Sequence[str], bits: Mapping[str, int]
 ) -> Members:
     number = int(runs.lengths.sum())
     columns = {name: Column(layout.page_dtype[name], number, bits.get(name)) for name in names}
@@ -116,8 +116,8 @@ def _agreement(things: Things, layout: Layout) -> tuple[dict[str, int], dict[str
     return both[0], both[1]
 
 
-class _Runs(NamedTuple):
-    """Struct pages that follow one another in a core."""
+class _Places(NamedTuple):
+    """Runs of struct pages that follow one another in a core."""
 
     first: Places
     """Where the first of each run is, in their size."""
@@ -139,24 +139,25 @@ class _Sections:
         self._start = np.full((core.end >> self._bits) + 2, _UNKNOWN, dtype=np.int64)
         self._start[-1] = _NOWHERE
 
-    def find_runs(self, pfns: U64) -> _Runs | None:
+    def find_runs(self, pfns: U64) -> _Places | None:
         """Where runs of neighbours are; None if there are too many, or if one may be nowhere."""
-        frames = pfns.view(np.int64)
-        breaks = np.flatnonzero(frames[1:] - frames[:-1] != 1)
-        if len(breaks) * RUN > len(frames):
+        starts = _starts(pfns)
+        if len(starts) * RUN > len(pfns) and len(starts) > 1:
             return None
-        starts = np.concatenate(([0], breaks + 1))
-        first, last = frames[starts], frames[np.concatenate((breaks, [-1]))]
+        ends = np.append(starts[1:], len(pfns))
         cuts = [
             start + boundary - low
-            for start, low, high in zip(starts.tolist(), first.tolist(), last.tolist(), strict=True)
+            for start, low, high in zip(
+                starts.tolist(), pfns[starts].tolist(), pfns[ends - 1].tolist(), strict=True
+            )
             for boundary in range((low | self._inside) + 1, high + 1, self._inside + 1)
         ]
         if cuts:
             # Each section is somewhere else.
             starts = np.sort(np.concatenate((starts, cuts)))
+            ends = np.append(starts[1:], len(pfns))
         at = self.find(pfns[starts])
-        return None if (at < 0).any() else _Runs(at, np.append(starts[1:], len(frames)) - starts)
+        return None if (at < 0).any() else _Places(at, ends - starts)
 
     def find_near(self, pfns: U64) -> Places | None:
         """As :meth:`find`, of page frames not too far apart; None if they are, or if one may be nowhere."""
@@ -204,7 +205,8 @@ def _read_any(prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str
     """As :func:`read_struct_pages`, through drgn."""
     if not len(pfns):
         return _none(layout, 0, names), np.ones(0, dtype=bool)
-    first, sizes = _near(pfns)
+    in_order = _runs(pfns) if len(pfns) <= _POOL_PAGES else None
+    first, sizes = in_order or _near(pfns)
     total = int(sizes.sum())
     if total > _POOL_PAGES:
         # Both halves have something in them, however far away a wild one is.
@@ -220,10 +222,26 @@ def _read_any(prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str
     reader = _Reader(prog, layout)
     for pfn, size, end in zip(first.tolist(), sizes.tolist(), ends.tolist(), strict=True):
         reader.read_neighbours(pfn, pool[end - size : end], readable[end - size : end])
+    if in_order is not None:
+        return {name: pool[name].copy() for name in names}, readable
     starts = first - (ends - sizes)
     base = starts[0] if len(starts) == 1 else starts[np.searchsorted(first, pfns, side="right") - 1]
     at = (pfns - base).astype(np.intp)
     return {name: pool[name].take(at) for name in names}, readable.take(at)
+
+
+def _runs(pfns: U64) -> tuple[U64, U64] | None:
+    """Runs of neighbours in their order: the first of each, and how many; None if these are short."""
+    starts = _starts(pfns)
+    if len(starts) * _GAP_PAGES > len(pfns) and len(starts) > 1:
+        return None
+    return pfns[starts], (np.append(starts[1:], len(pfns)) - starts).astype(np.uint64)
+
+
+def _starts(pfns: U64) -> npt.NDArray[np.intp]:
+    """Where page frames begin that follow one another."""
+    frames = pfns.view(np.int64)
+    return np.concatenate(([0], np.flatnonzero(frames[1:] - frames[:-1] != 1) + 1))
 
 
 def _near(pfns: U64) -> tuple[U64, U64]:

@@ -21,11 +21,14 @@ U64 = npt.NDArray[np.uint64]
 U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
-# PTE tables decoded at once: 1 Mi pages. Bounds memory, whatever the size of the process.
-_TABLES_AT_ONCE = 2048
-# And where nothing is won by reading much at once: what belongs to 64 Ki pages stays in a processor's cache
-# while it is judged, or nearly.
-_TABLES_IN_CACHE = 128
+# PTE tables decoded at once: what belongs to 64 Ki pages stays in a processor's cache while it is judged, or
+# nearly.
+_TABLES = 128
+# And where drgn reads pages that are all over the memory: most of the memmap is read for each time, whatever
+# their number. 1 Mi pages; bounds memory, whatever the size of the process.
+_TABLES_SCATTERED = 2048
+# Pages of which more than one in so many is not behind the one before are scattered.
+_NEIGHBOURS = 16
 # Tables that are tried one by one when they cannot be read; the rest of those is then given up unread.
 _UNREADABLE_MAX = 1 << 12
 
@@ -294,13 +297,21 @@ def for_each_leaf(
             return
         rows, bases = _read_tables(prog, tables, entries, addresses, troubles)
         level -= 1
-    at_once = _TABLES_AT_ONCE if _core(prog, tables) is None else _TABLES_IN_CACHE
-    # A table of larger pages has more entries, and fewer are decoded at once.
-    at_once = max(1, at_once * PAGE_BYTES // tables.page_size)
-    for start in range(0, len(entries), at_once):
-        part = slice(start, start + at_once)
+    start, scattered = 0, False
+    while start < len(entries):
+        number = _TABLES_SCATTERED if scattered else _TABLES
+        # A table of larger pages has more entries, and fewer are decoded at once.
+        part = slice(start, start + max(1, number * PAGE_BYTES // tables.page_size))
+        start = part.stop
         rows, bases = _read_tables(prog, tables, entries[part], addresses[part], troubles)
         found, at = _children(tables, rows, bases, 0)
         leaves = Leaves(at, found, 0, tables).take(_wanted(at, tables.page_size, wanted))
+        # As those were, the next may be.
+        scattered = _core(prog, tables) is None and _are_scattered(leaves)
         if len(leaves):
             yield leaves
+
+
+def _are_scattered(leaves: Leaves) -> bool:
+    step = leaves.entry[1:] - leaves.entry[:-1]
+    return int(np.count_nonzero(step != leaves.tables.page_size)) * _NEIGHBOURS > len(step)

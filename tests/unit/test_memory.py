@@ -222,3 +222,19 @@ def test_runs_of_struct_pages(sections, monkeypatch, pfns, spoilt, block):
     assert is_constant(found["mapping"]) and is_constant(found["flags"]) == (
         spoilt is None or len(pfns) < 150
     )
+
+
+@pytest.mark.parametrize("pool", [200, 1 << 18])
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("pfns", RUNS.values(), ids=RUNS)
+def test_runs_of_struct_pages_through_drgn(sections, monkeypatch, pfns, lost, pool):
+    made_up, words = sections
+    unmap_core(made_up.prog)
+    monkeypatch.setattr(memmap, "_POOL_PAGES", pool)
+    # Those behind the last are nowhere.
+    there = len(words) - (0x7800 if lost else 0)
+    made_up.put(VMEMMAP, words[:there].tobytes())
+    found, good = read_struct_pages(made_up.prog, make_layout(), pfns.astype(np.uint64), ["index", "mapping"])
+    assert (good == (pfns < there)).all()
+    for name, word in (("mapping", 3), ("index", 4)):
+        assert (found[name] == np.where(good, words[pfns, word], 0)).all()

@@ -285,3 +285,17 @@ def test_huge_pages_of_the_kernel(tables, huge, slots, monkeypatch):
     address = KERNEL + tables.huge_size
     assert kernel_huge_page(prog, tables, address + 0x1234) == 0x40001234
     assert kernel_huge_page(prog, tables, address + tables.huge_size) is None
+
+
+@pytest.mark.parametrize(("step", "lengths"), [(1, [512] * 6), (3, [512, 4 * 512, 512])])
+def test_scattered_pages_are_read_in_larger_parts(monkeypatch, step, lengths):
+    monkeypatch.setattr(pagetable, "_TABLES", 1)
+    monkeypatch.setattr(pagetable, "_TABLES_SCATTERED", 4)
+    tables = Tables(X86(4))
+    for number in range(6 * 512):
+        tables.map(0x7F0000000000 + number * 4096, (0x10000 + number * step) << 12 | TABLE, 0)
+    layout = make_layout(tables=format_of(tables.arch))
+    found = list(for_each_leaf(tables.memory().prog, layout, PGD, WalkTroubles()))
+    assert [len(leaves) for leaves in found] == lengths
+    addresses = np.concatenate([leaves.address for leaves in found])
+    assert (np.diff(addresses) == 4096).all()

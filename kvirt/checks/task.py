@@ -54,7 +54,7 @@ def list_vmas(checker: ProcessChecker, process: Process) -> tuple[AddressSpace, 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Nobody looks for cycles of garbage meanwhile.
+    """Nobody looks for cycles of garbage meanwhile, nor in what is dropped by then.
 
     There are none in what is read of a process, and the more of it there is, the longer that would take.
     """
@@ -79,14 +79,20 @@ def check_task(
     :param progress: is told the number of pages seen since the last call
     :param rows: whether to list the VMAs in the report
     """
+    with _no_collection():
+        return _check_task(checker, process, progress, rows)
+
+
+def _check_task(
+    checker: ProcessChecker, process: Process, progress: Callable[[int], None], rows: bool
+) -> TaskReport:
     report = TaskReport(process.pid, process.comm)
     who = f"PID {process.pid} ({process.comm})"
     fault = None
     try:
-        with _no_collection():
-            result = checker.check(process.mm, progress)
-            if rows:
-                report.vmas = vma_rows(checker.prog, result.space)
+        result = checker.check(process.mm, progress)
+        if rows:
+            report.vmas = vma_rows(checker.prog, result.space)
     except drgn.FaultError as error:
         fault = error
     if checker.moves and _is_gone(checker.prog, process):

@@ -111,12 +111,16 @@ def _millions(taken: dict[str, Any], part: str = "seconds") -> str:
 
 Show = Callable[[str, list[list[str]], list[str]], None]
 
+# What makes little difference is measured so often.
+PAIRS = 41
 # 1 GiB, in which the plain loop and all shapes are measured.
 USUAL = Memory("contiguous", 256 * KI)
 LARGE = Memory("contiguous", MI)
 LARGEST = Memory("contiguous", 4 * MI)
 SHAPES = [Memory(shape, USUAL.pages) for shape in ("fragmented", "huge", "mixed")]
-MEMORIES = [Memory("contiguous", 64 * KI), USUAL, *SHAPES, LARGE, LARGEST]
+# In which there is little but what any process has.
+LEAST = Memory("contiguous", KI)
+MEMORIES = [LEAST, Memory("contiguous", 64 * KI), USUAL, *SHAPES, LARGE, LARGEST]
 
 
 def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> di
     document: dict[str, Any] = {}
     rows: list[list[str]] = []
     for memory in MEMORIES:
-        name = f"{memory.shape} {size(memory.pages)}"
+        name = _name(memory)
         if memory.guest_mib > free_mib():
             report(f"{name} is left out: the guest needs {memory.guest_mib} MiB, and {free_mib()} are free.")
             continue
@@ -137,33 +141,52 @@ def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> di
                     document["kdump-zlib"] = dumps[1].measure(rounds, "check-pid")
                 except GuestError as error:
                     report(f"The kdump-compressed dump is left out: {str(error).splitlines()[-1]}")
-        rows.append(_row(name, document[name]))
+        rows.append(_row(name, document[name], document.get(_name(LEAST))))
     _show(document, rows, show)
     return document
+
+
+def _name(memory: Memory) -> str:
+    return f"{memory.shape} {size(memory.pages)}"
 
 
 def _measure(dump: Dump, memory: Memory, rounds: int) -> dict[str, Any]:
     # By itself first: what is resident is not the others' then.
     alone = dump.measure(1, "check-pid")
     # Huge pages take next to no reading, and the limit would say little.
-    ways = ["check-pid", *(["limit"] if memory.shape in ("contiguous", "fragmented") else [])]
+    ways = ["check-pid"]
+    if memory.shape in ("contiguous", "fragmented") and memory != LEAST:
+        ways.append("limit")
     if memory == USUAL:
         ways += ["loop", "inflate"]
-    if memory == LARGE:
-        ways += ["progress", "rereading"]
     if memory in (LARGE, LARGEST):
         ways.append("check-all")
     side_by_side = dump.measure(rounds, *ways)
+    if memory == LARGE:
+        side_by_side["pairs"] = dump.measure(PAIRS, "check-pid", "again", "progress", "rereading")["ways"]
     return {**side_by_side, "drgn_kib": alone["drgn_kib"], "added_kib": alone["added_kib"]}
 
 
-def _row(name: str, measured: dict[str, Any]) -> list[str]:
+def _added(pairs: dict[str, Any], way: str) -> float:
+    """What a way takes beyond plain check-pid, as a share of it: by the median difference in a round."""
+    plain = pairs["check-pid"]["seconds"]
+    more = [one - other for one, other in zip(pairs[way]["seconds"], plain, strict=True)]
+    return float(statistics.median(more) / statistics.median(plain))
+
+
+def _row(name: str, measured: dict[str, Any], least: dict[str, Any] | None) -> list[str]:
     ways = measured["ways"]
     kvirt, limit, loop = ways["check-pid"], ways.get("limit"), ways.get("loop")
+    further = ""
+    if least is not None and least is not measured:
+        few = least["ways"]["check-pid"]
+        seconds = statistics.median(kvirt["seconds"]) - statistics.median(few["seconds"])
+        further = f"{(kvirt['pages'] - few['pages']) / seconds / 1e6:.3g}"
     return [
         name,
         f"{statistics.median(kvirt['seconds']) * 1000:.1f}",
         _millions(kvirt),
+        further,
         _millions(kvirt, "walk"),
         "" if limit is None else _millions(limit),
         "" if limit is None else f"{rate(kvirt, 'walk') / rate(limit):.0%}",
@@ -174,15 +197,15 @@ def _row(name: str, measured: dict[str, Any]) -> list[str]:
 
 
 def _show(document: dict[str, Any], rows: list[list[str]], show: Show) -> None:
-    headers = ["pages", "check-pid ms", "M pages/s", "walk M/s", "limit M/s", "walk/limit"]
+    headers = ["pages", "check-pid ms", "M pages/s", "further M/s", "walk M/s", "limit M/s", "walk/limit"]
     show("check-pid of one process, from an ELF core", rows, [*headers, "loop", "check-pid/loop", "MiB"])
     rows = []
     for name, measured in document.items():
         ways = measured["ways"]
         took = {way: statistics.median(taken["seconds"]) for way, taken in ways.items()}
-        for way in ("progress", "rereading"):
-            if way in ways:
-                rows.append([f"check-pid, {name}: {way}", f"{took[way] / took['check-pid'] - 1:+.1%}"])
+        if "pairs" in measured:
+            for way in ("progress", "rereading", "again"):
+                rows.append([f"check-pid, {name}: {way}", f"{_added(measured['pairs'], way):+.1%}"])
         if "check-all" in ways:
             rows.append([f"check-all, {ways['check-all']['pages']:,} pages", f"{took['check-all']:.2f} s"])
             rows.append(["before: symbols and layout", f"{measured['opened']:.2f} s"])

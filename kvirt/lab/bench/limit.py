@@ -22,6 +22,7 @@ from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.folio import read_folios
 from kvirt.mm.pagetable import U64, WalkTroubles, for_each_leaf, leaf_pfn, leaf_present
+from kvirt.pgtable import PageTables
 
 # Pages that are compared at once, so that what was read for them is still in the cache.
 _BLOCK = 1 << 14
@@ -37,7 +38,7 @@ _Places = npt.NDArray[np.intp] | slice
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Bytes of the file, and where in the buffer they go."""
 
     offset: int
@@ -49,10 +50,10 @@ class _Piece:
 class _Block:
     """What is read for some pages, and what it is compared with."""
 
-    tables: list[_Piece]
+    tables: list[Piece]
     entries: _Places
     """Which entry of the tables maps each page."""
-    structs: list[_Piece]
+    structs: list[Piece]
     pages: _Places
     """Which struct page is each page's."""
     expected: U64
@@ -127,7 +128,7 @@ class Limit:
     def _block(self, address: U64, pfn: U64, expected: U64) -> _Block:
         bases, which = np.unique(address >> np.uint64(21), return_inverse=True)
         offsets = np.array([self._offset(self._table(int(base) << 21)) for base in bases], dtype=np.int64)
-        tables, starts = _pieces(offsets, _TABLE_BYTES)
+        tables, starts = pieces_of(offsets, _TABLE_BYTES)
         entries = starts[which] // 8 + (address >> np.uint64(12) & np.uint64(511)).astype(np.int64)
         size = self._layout.page.size
         at = pfn * np.uint64(size) + np.uint64(self._layout.vmemmap)
@@ -135,7 +136,7 @@ class Limit:
         known, which = np.unique(section, return_inverse=True)
         bases = np.array([self._section(int(one)) for one in known], dtype=np.int64)
         offsets = bases[which] + (at - section).astype(np.int64)
-        structs, starts = _pieces(offsets, size)
+        structs, starts = pieces_of(offsets, size)
         return _Block(tables, _simple(entries), structs, _simple(starts // size), expected)
 
     def _offset(self, physical: int) -> int:
@@ -153,19 +154,25 @@ class Limit:
         return self._sections[address]
 
     def _table(self, address: int) -> int:
-        """Physical address of the lowest table that maps an address."""
-        tables = self._layout.pgtable
-        entry = self._prog.read_u64(self._space.pgd + tables.slot(address, tables.levels - 1))
-        for level in range(tables.levels - 2, 0, -1):
-            entry = self._prog.read_u64(tables.physical(entry) + tables.slot(address, level), True)
-        return tables.physical(entry)
+        return lowest_table(self._prog, self._layout.pgtable, self._space.pgd, address)
 
     @staticmethod
-    def _buffer(blocks: list[list[_Piece]]) -> npt.NDArray[np.uint8]:
+    def _buffer(blocks: list[list[Piece]]) -> npt.NDArray[np.uint8]:
         return np.zeros(max((sum(p.size for p in pieces) for pieces in blocks), default=0), dtype=np.uint8)
 
 
-def _pieces(offsets: npt.NDArray[np.int64], size: int) -> tuple[list[_Piece], npt.NDArray[np.int64]]:
+def lowest_table(prog: drgn.Program, tables: PageTables, pgd: int, address: int) -> int:
+    """Physical address of the lowest table that maps an address.
+
+    :param pgd: virtual address of the top table
+    """
+    entry = prog.read_u64(pgd + tables.slot(address, tables.levels - 1))
+    for level in range(tables.levels - 2, 0, -1):
+        entry = prog.read_u64(tables.physical(entry) + tables.slot(address, level), True)
+    return tables.physical(entry)
+
+
+def pieces_of(offsets: npt.NDArray[np.int64], size: int) -> tuple[list[Piece], npt.NDArray[np.int64]]:
     """As few pieces of a file as hold things of one size, and where in the buffer each of them is then."""
     order = np.argsort(offsets, kind="stable")
     ordered = offsets[order]
@@ -175,7 +182,7 @@ def _pieces(offsets: npt.NDArray[np.int64], size: int) -> tuple[list[_Piece], np
     filled = 0
     for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ordered)], strict=True):
         first = int(ordered[start])
-        pieces.append(_Piece(first, filled, int(ordered[end - 1]) + size - first))
+        pieces.append(Piece(first, filled, int(ordered[end - 1]) + size - first))
         places[order[start:end]] = filled + ordered[start:end] - first
         filled += pieces[-1].size
     return pieces, places

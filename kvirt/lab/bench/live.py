@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Looking through the pages of one process of the running kernel, in three ways in turn.
+"""Looking through the pages of one process of the running kernel, in four ways in turn.
 
 Run inside a guest, as root: ``python3 -m kvirt.lab.bench.live PAGE_TYPES PID ROUNDS`` prints one JSON
 document. kvirt runs in this process and has its symbols already; page-types is started anew each time, as it
 has to be. The plain read does what dd would with large blocks: nothing but system calls, for the process's
-pagemap and the entries of /proc/kpageflags of its pages, whose places are known beforehand.
+pagemap and the entries of /proc/kpageflags of its pages, whose places are known beforehand. The read of
+/proc/kcore is the same, for its lowest page tables and the struct pages of its pages: what kvirt has to read.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import drgn
 import numpy as np
 
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.task import check_task
+from kvirt.elfcore import PT_LOAD, read_elf_core
+from kvirt.lab.bench.limit import lowest_table, pieces_of
 from kvirt.lab.bench.turns import take_turns
 from kvirt.lab.procfs import PAGE_SIZE, read_maps
-from kvirt.layout import layout_of
+from kvirt.layout import Layout, layout_of
+from kvirt.mm.pagetable import U64
 from kvirt.target import open_target
 from kvirt.tasks import find_process
 
+KCORE = "/proc/kcore"
 ENTRY = 8
 BLOCK = 1 << 20
 # Documentation/admin-guide/mm/pagemap.rst: bits 0-54 are the page frame, bit 63 says that there is one.
@@ -44,12 +51,39 @@ def runs_of_pagemap(pid: int) -> Runs:
     ]
 
 
-def runs_of_kpageflags(pid: int, pagemap: Runs) -> tuple[Runs, int]:
-    """Where in /proc/kpageflags the process's pages are, and how many pages there are."""
+def pages_of(pid: int, pagemap: Runs) -> tuple[U64, U64]:
+    """Where the process has pages in memory: virtual addresses, and page frames."""
     entries = np.frombuffer(b"".join(blocks(f"/proc/{pid}/pagemap", pagemap)), np.uint64)
-    pfns = np.unique(entries[entries & np.uint64(PRESENT) != 0] & np.uint64(PFN))
+    numbers = np.concatenate([np.arange(start, start + size, ENTRY) // ENTRY for start, size in pagemap])
+    present = entries & np.uint64(PRESENT) != 0
+    return numbers[present].astype(np.uint64) * np.uint64(PAGE_SIZE), entries[present] & np.uint64(PFN)
+
+
+def runs_of_kpageflags(pfns: U64) -> Runs:
+    """Where in /proc/kpageflags page frames are, which are in order."""
     breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
-    return [(int(run[0]) * ENTRY, len(run) * ENTRY) for run in np.split(pfns, breaks)], len(pfns)
+    return [(int(run[0]) * ENTRY, len(run) * ENTRY) for run in np.split(pfns, breaks)]
+
+
+def runs_of_kcore(prog: drgn.Program, layout: Layout, pgd: int, addresses: U64, pfns: U64) -> Runs:
+    """Where in /proc/kcore the lowest page tables for addresses are, and the struct pages of page frames.
+
+    :param pgd: virtual address of the process's top table
+    """
+    elf = read_elf_core(Path(KCORE))
+    assert elf is not None
+    loads = [header for header in elf.headers if header.type == PT_LOAD]
+    tables, size = layout.pgtable, layout.page.size
+    places = []
+    for base in np.unique(addresses // np.uint64(tables.huge_size)).tolist():
+        physical = lowest_table(prog, tables, pgd, base * tables.huge_size)
+        # Of a huge page there is no such table, and what its entry holds is no start of memory.
+        places += [h.offset + physical - h.physical for h in loads if 0 <= physical - h.physical < h.size][:1]
+    memmap = [layout.vmemmap + int(pfns[at]) * size for at in (0, -1)]
+    [load] = [h for h in loads if all(h.virtual <= at < h.virtual + h.size for at in memmap)]
+    structs = pfns.astype(np.int64) * size + (load.offset + layout.vmemmap - load.virtual)
+    pieces = [*pieces_of(np.array(places), tables.page_size)[0], *pieces_of(structs, size)[0]]
+    return [(piece.offset, piece.size) for piece in pieces]
 
 
 def blocks(path: str, runs: Runs) -> Iterator[bytes]:
@@ -70,8 +104,12 @@ def main() -> None:
     layout = layout_of(prog)
     found = find_process(prog, pid)
     pagemap = runs_of_pagemap(pid)
-    kpageflags, pages = runs_of_kpageflags(pid, pagemap)
-    seen = {"pages": pages, "runs": len(kpageflags), "anon": 0, "errors": 0}
+    addresses, frames = pages_of(pid, pagemap)
+    pfns = np.unique(frames)
+    kpageflags = runs_of_kpageflags(pfns)
+    pgd = ProcessChecker(prog, layout, moves=True).read(found.mm).pgd
+    kcore = runs_of_kcore(prog, layout, pgd, addresses, pfns)
+    seen = {"pages": len(pfns), "runs": len(kpageflags), "anon": 0, "errors": 0}
 
     def kvirt() -> None:
         report = check_task(ProcessChecker(prog, layout, moves=True), found)
@@ -84,10 +122,15 @@ def main() -> None:
         for _ in blocks("/proc/kpageflags", kpageflags):
             pass
 
+    def memory() -> None:
+        for _ in blocks(KCORE, kcore):
+            pass
+
     def tool() -> None:
         subprocess.run([page_types, "-p", str(pid)], stdout=subprocess.DEVNULL, check=True)
 
     ways: dict[str, Callable[[], None]] = {"check-pid": kvirt, "page-types": tool, "plain read": plain}
+    ways["kcore"] = memory
     seconds = take_turns(ways, rounds)
     print(json.dumps({**seen, "seconds": seconds}))
 

@@ -26,6 +26,7 @@ def check(root: Path = Path("/")) -> None:
     """
     _check_privileges(root)
     _check_kprobes(root)
+    _check_bpf(root)
     _check_lockdown(root)
     _check_headers(root)
 
@@ -85,6 +86,12 @@ def _check_kprobes(root: Path) -> None:
             "This kernel has no kprobes, and so no function of it can be traced: it needs CONFIG_KPROBES=y "
             "and CONFIG_KPROBE_EVENTS=y."
         )
+
+
+def _check_bpf(root: Path) -> None:
+    # Made by what is built for bpf(2) alone, for its file system (kernel/bpf/inode.c, bpf_init()).
+    if not (root / "sys/fs/bpf").exists():
+        raise KvirtError("This kernel runs no BPF programs: it needs CONFIG_BPF_SYSCALL=y.")
 
 
 def switched_off(single: bool, root: Path = Path("/")) -> list[str]:

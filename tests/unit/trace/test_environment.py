@@ -16,6 +16,7 @@ FILES = {
     "proc/self/ns/user": "",
     "proc/sys/kernel/osrelease": RELEASE + "\n",
     "sys/bus/event_source/devices/kprobe/type": "8\n",
+    "sys/fs/bpf/.keep": "",
     "sys/kernel/debug/kprobes/enabled": "1\n",
     "proc/sys/kernel/ftrace_enabled": "1\n",
     "sys/kernel/security/lockdown": "none [integrity] confidentiality\n",
@@ -98,6 +99,14 @@ def test_no_kprobes(machine):
         check(root)
     (root / "sys/bus/event_source/devices").mkdir(parents=True)
     with pytest.raises(KvirtError, match=r"^This kernel has no kprobes, .* CONFIG_KPROBE_EVENTS=y"):
+        check(root)
+
+
+def test_no_bpf(machine):
+    root = machine()
+    (root / "sys/fs/bpf/.keep").unlink()
+    (root / "sys/fs/bpf").rmdir()
+    with pytest.raises(KvirtError, match=r"^This kernel runs no BPF programs: .* CONFIG_BPF_SYSCALL=y\.$"):
         check(root)
 
 

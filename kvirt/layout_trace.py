@@ -57,8 +57,9 @@ _OPTIONAL: Mapping[str, Mapping[str, tuple[str, str, int | None]]] = {
     },
 }
 _WITHOUT = {
-    "owner": "it cannot be told to which process an address space belongs, only which one was running",
-    "cgroup": "processes cannot be chosen by their cgroup",
+    "owner": "it cannot be told to which process an address space belongs, only which one was running: "
+    "build it with CONFIG_MEMCG=y to trace single ones",
+    "cgroup": "processes cannot be chosen by their cgroup: build it with CONFIG_CGROUPS=y",
     "vma_prepare": "splits cannot be checked as they happen",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TREE = Path(__file__).parents[2]
-SCRIPTS = ("demo.py", "bench.py", "storm.py", "matrix.py", "arm64.py")
+SCRIPTS = ("demo.py", "bench.py", "storm.py", "matrix.py", "arm64.py", "refusals.py")
 # What is of no use without annotations.
 DISABLED = ("var-annotated", "index", "assignment")
 

@@ -79,10 +79,14 @@ def runs_of_kcore(prog: drgn.Program, layout: Layout, pgd: int, addresses: U64, 
         physical = lowest_table(prog, tables, pgd, base * tables.huge_size)
         # Of a huge page there is no such table, and what its entry holds is no start of memory.
         places += [h.offset + physical - h.physical for h in loads if 0 <= physical - h.physical < h.size][:1]
-    memmap = [layout.vmemmap + int(pfns[at]) * size for at in (0, -1)]
-    [load] = [h for h in loads if all(h.virtual <= at < h.virtual + h.size for at in memmap)]
-    structs = pfns.astype(np.int64) * size + (load.offset + layout.vmemmap - load.virtual)
-    pieces = [*pieces_of(np.array(places), tables.page_size)[0], *pieces_of(structs, size)[0]]
+    pieces = pieces_of(np.array(places), tables.page_size)[0]
+    # One for each piece of memory.
+    for load in loads:
+        away = pfns.astype(np.int64) * size + (layout.vmemmap - load.virtual)
+        inside = away[(away >= 0) & (away < load.size)]
+        if len(inside):
+            pieces += pieces_of(inside + load.offset, size)[0]
+    assert sum(piece.size for piece in pieces) >= len(pfns) * size
     return [(piece.offset, piece.size) for piece in pieces]
 
 

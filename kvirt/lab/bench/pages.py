@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
+import random
 import resource
 import time
 import zlib
@@ -221,11 +223,13 @@ def measure(core: Path, vmlinux: Path, rounds: int, names: list[str], pids: list
         run()
     for taken in ways.values():
         taken.walk.clear()
-    order = list(runs.items())
-    for number in range(rounds):
-        # Each comes first once: nobody always has the caches as the same other one left them.
-        first = number % len(order)
-        for name, run in order[first:] + order[:first]:
+    order, shuffler = list(runs.items()), random.Random(1)
+    for _ in range(rounds):
+        # Nobody always has the caches as the same other one left them.
+        shuffler.shuffle(order)
+        for name, run in order:
+            # Nor the garbage of others to look through: it is looked for every so many objects.
+            gc.collect()
             began, used = time.perf_counter(), time.process_time()
             run()
             ways[name].seconds.append(time.process_time() - used)

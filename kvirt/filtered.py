@@ -8,16 +8,15 @@ a list that leads there is not broken.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import drgn
 
 from kvirt.elfcore import PT_LOAD, read_elf_core
 from kvirt.errors import FilteredError
+from kvirt.kdump import read_kdump
 
 _CACHE_KEY = "kvirt.filtered"
 # What libkdumpfile says of a page that a kdump-compressed dump does not have (KDUMP_ERR_NODATA); here it is
@@ -25,18 +24,6 @@ _CACHE_KEY = "kvirt.filtered"
 _EXCLUDED = "Excluded page"
 # makedumpfile's level for all zeros and nothing else.
 _ZEROS = 1
-
-_SIGNATURE = b"KDUMP   "
-# struct disk_dump_header, struct kdump_sub_header, struct makedumpfile_header and struct
-# makedumpfile_data_header (makedumpfile: IMPLEMENTATION, diskdump_mod.h, makedumpfile.h).
-_BLOCK_SIZE_AT = 428
-_DUMP_LEVEL_AT = 8
-_FLATTENED = b"makedumpfile\0"
-_FLATTENED_HEADER = 4096
-_RECORD = ">qq"
-# The headers are in the first of them.
-_RECORDS_MAX = 16
-_BLOCK_MAX = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,50 +36,6 @@ class Filtering:
     """Whether it is an ELF dump that lacks some of the memory that it describes."""
 
 
-class _Flattened:
-    """The beginning of a flattened dump, as it will be when it has been reassembled."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._parts: list[tuple[int, bytes]] = []
-        file.seek(_FLATTENED_HEADER)
-        for _ in range(_RECORDS_MAX):
-            head = file.read(struct.calcsize(_RECORD))
-            if len(head) < struct.calcsize(_RECORD):
-                break
-            offset, size = struct.unpack(_RECORD, head)
-            if offset < 0 or size < 0:
-                break
-            self._parts.append((offset, file.read(min(size, _BLOCK_MAX))))
-
-    def read(self, at: int, size: int) -> bytes:
-        for offset, data in reversed(self._parts):
-            if offset <= at and at + size <= offset + len(data):
-                return data[at - offset : at - offset + size]
-        return b""
-
-
-class _Plain:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def read(self, at: int, size: int) -> bytes:
-        self._file.seek(at)
-        return self._file.read(size)
-
-
-def read_dump_level(path: Path) -> int | None:
-    """makedumpfile's dump level of a kdump-compressed core, flattened or not; None if it is no such core."""
-    with path.open("rb") as file:
-        flattened = file.read(len(_FLATTENED)) == _FLATTENED
-        core = _Flattened(file) if flattened else _Plain(file)
-        if core.read(0, len(_SIGNATURE)) != _SIGNATURE:
-            return None
-        block = core.read(_BLOCK_SIZE_AT, 4)
-        size = int.from_bytes(block, "little")
-        level = core.read(size + _DUMP_LEVEL_AT, 4) if 0 < size <= _BLOCK_MAX else b""
-    return int.from_bytes(level, "little") if len(level) == 4 else None
-
-
 def mark_filtered(prog: drgn.Program, path: Path) -> None:
     """Learn what was left out of a core; what an ELF core lacks becomes a fault to read, as in other cores.
 
@@ -103,7 +46,8 @@ def mark_filtered(prog: drgn.Program, path: Path) -> None:
     """
     if not path.is_file():
         return
-    level = read_dump_level(path)
+    kdump = read_kdump(path)
+    level = None if kdump is None else kdump.level
     elf = read_elf_core(path)
     loads = elf.headers if elf is not None else ()
     gaps = [load for load in loads if load.type == PT_LOAD and load.memory > load.size]

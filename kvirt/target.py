@@ -22,6 +22,7 @@ from kvirt.aside import Aside
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
 from kvirt.filtered import mark_filtered
+from kvirt.kdump import read_kdump
 from kvirt.pause import Pause, connect
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ logging.getLogger("drgn").setLevel(logging.CRITICAL)
 
 
 # What libkdumpfile says of kdump-compressed cores that do not name their architecture, as QEMU's do not. Then
-# it is taken for the one that kvirt reads: nothing in a core of another would make sense as such.
+# the kernel's own words tell it, or else it is taken for the most frequent one: nothing in a core of another
+# would make sense as such.
 _NO_ARCHITECTURE = "KDUMP_ATTR_ARCH_NAME"
 
 
@@ -106,7 +108,9 @@ def _open_core(path: Path) -> drgn.Program:
         except Exception as error:
             if _NO_ARCHITECTURE not in str(error):
                 raise
-            prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
+            kdump = read_kdump(path)
+            told = None if kdump is None else kdump.architecture
+            prog = drgn.Program(drgn.Platform(told or drgn.Architecture.X86_64))
             prog.set_core_dump(path)
         mark_filtered(prog, path)
         return prog

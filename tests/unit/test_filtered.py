@@ -14,60 +14,15 @@ from kvirt.filtered import (
     filtered_error,
     is_filtered,
     mark_filtered,
-    read_dump_level,
     why_filtered,
 )
 from kvirt.findings import Report
 from tests.unit.fake import Memory
+from tests.unit.test_kdump import kdump
 
-BLOCK = 4096
 # What libkdumpfile says, in drgn's words.
 EXCLUDED = drgn.FaultError("could not read memory from kdump: Excluded page", 0xFFFF888000001000)
 DAMAGE = drgn.FaultError("could not find memory segment", 0xDEAD)
-
-
-def kdump(level, block=BLOCK):
-    header = bytearray(BLOCK)
-    header[:8] = b"KDUMP   "
-    struct.pack_into("<i", header, 428, block)
-    return bytes(header) + struct.pack("<Qi", 0, level) + bytes(BLOCK)
-
-
-def flattened(data, cut=BLOCK):
-    """Records as makedumpfile -F and QEMU write them, the last ones first."""
-    out = (b"makedumpfile" + bytes(4) + struct.pack(">qq", 1, 1)).ljust(4096, b"\0")
-    for at in reversed(range(0, len(data), cut)):
-        piece = data[at : at + cut]
-        out += struct.pack(">qq", at, len(piece)) + piece
-    return out + struct.pack(">qq", -1, -1)
-
-
-@pytest.mark.parametrize("level", [0, 1, 31])
-def test_level_of_a_kdump(tmp_path, level):
-    path = tmp_path / "vmcore"
-    path.write_bytes(kdump(level))
-    assert read_dump_level(path) == level
-    path.write_bytes(flattened(kdump(level)))
-    assert read_dump_level(path) == level
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x7fELF" + bytes(100),
-        kdump(31)[:BLOCK],
-        kdump(31, block=0),
-        kdump(31, block=-1),
-        kdump(31, block=1 << 30),
-        flattened(kdump(31))[:6000],
-        flattened(b"\x7fELF" + bytes(9000)),
-    ],
-)
-def test_what_does_not_say_its_level(tmp_path, content):
-    path = tmp_path / "vmcore"
-    path.write_bytes(content)
-    assert read_dump_level(path) is None
 
 
 def opened(tmp_path, content):

@@ -3,9 +3,11 @@
 
 import json
 
+import drgn
 import pytest
 
 from kvirt.elfcore import PT_LOAD, read_elf_core
+from kvirt.kdump import read_kdump
 from tests.vmcore import kdump
 from tests.vmcore.conftest import kvirt
 
@@ -53,6 +55,15 @@ def core(request, core73_dump, kdump73, tmp_path):
             reassembled.unlink()
     yield path
     path.unlink()
+
+
+def test_the_kernel_tells_its_architecture(core):
+    headers = read_kdump(core)
+    if core.name == "elf-gaps":
+        assert headers is None
+    else:
+        assert headers.architecture is drgn.Architecture.X86_64
+        assert headers.level == 1
 
 
 def test_the_same_is_said_of_every_format(core73_dump, core, said):

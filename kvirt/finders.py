@@ -22,7 +22,7 @@ import drgn
 
 from kvirt.btf import Btf, Kind, kernel_btf
 from kvirt.errors import KvirtError
-from kvirt.kallsyms import Kallsyms, ProcKallsyms
+from kvirt.proc_kallsyms import ProcKallsyms
 from kvirt.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_symbols
 
 FINDER = "btf"
@@ -320,6 +320,9 @@ def _table(prog: drgn.Program) -> Callable[[str], Iterator[drgn.Symbol]]:
                 "kernel.kptr_restrict=1' if it hides them from root too."
             )
         return table.find
+    # It takes numpy, which takes long to import.
+    from kvirt.kallsyms import Kallsyms
+
     with contextlib.suppress(LookupError, ValueError, drgn.FaultError):
         return Kallsyms(prog).find
     try:

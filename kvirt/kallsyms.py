@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Symbols by name out of the kernel's own table, in /proc/kallsyms or in memory (kernel/kallsyms.c).
+"""Symbols by name out of the kernel's own table as it is in memory (kernel/kallsyms.c).
 
 drgn reads this table too, and makes an index of all of it in advance, which is most of what starting without
 debug information takes. Here names stay packed: only those are unpacked that have as many characters as the
@@ -9,58 +9,22 @@ one that is asked for, and the same sum of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
 import drgn
 import numpy as np
 import numpy.typing as npt
 
+from kvirt.proc_kallsyms import kallsyms_symbol
 from kvirt.vmcoreinfo import vmcoreinfo_symbols
 
 # scripts/kallsyms.c: codes that names are made of. One more stands for the bytes that tell a name's length.
 _CODES = 256
 # More symbols, and a longer table of their names, than any kernel has.
 _SYMBOLS_MAX, _BYTES_MAX = 1 << 22, 1 << 27
-# Symbols of the same address, and the lines of so many.
-_ALIASES, _ALIASES_BYTES = 64, 64 * 100
-
-
-def _symbol(name: str, letter: str, start: int, end: int) -> drgn.Symbol:
-    """A symbol, of which nm(1)'s letter tells what it is."""
-    binding = drgn.SymbolBinding.GLOBAL if letter.isupper() else drgn.SymbolBinding.LOCAL
-    kind = drgn.SymbolKind.FUNC if letter in "tT" else drgn.SymbolKind.OBJECT
-    return drgn.Symbol(name, start, end - start, binding, kind)
-
-
-class ProcKallsyms:
-    """The text of /proc/kallsyms."""
-
-    def __init__(self, text: bytes) -> None:
-        self._text = b"\n" + text
-
-    def find(self, name: str) -> Iterator[drgn.Symbol]:
-        """All symbols of a name; their sizes are what is free behind them."""
-        # Those of modules have "[module]" behind their names.
-        wanted, at = f" {name}\n".encode(), -1
-        while (at := self._text.find(wanted, at + 1)) >= 0:
-            address, letter = self._text[self._text.rindex(b"\n", 0, at) + 1 : at].split(b" ")
-            start = int(address, 16)
-            yield _symbol(name, letter.decode(), start, self._next(at + len(wanted), start))
-
-    def _next(self, at: int, address: int) -> int:
-        """Address of the first symbol from a line on that lies higher: they are sorted, but for modules."""
-        for line in islice(self._text[at : at + _ALIASES_BYTES].split(b"\n"), _ALIASES):
-            if (behind := int(line.partition(b" ")[0] or b"0", 16)) > address:
-                return behind
-        return address
-
-    def __bool__(self) -> bool:
-        """Whether it has addresses: they are 0 for those that kptr_restrict keeps them from, root too."""
-        return any(symbol.address for symbol in self.find("_stext"))
 
 
 class Kallsyms:
-    """The table as it is in memory."""
+    """The table of one kernel."""
 
     def __init__(self, prog: drgn.Program) -> None:
         """Read them.
@@ -106,7 +70,7 @@ class Kallsyms:
             address = int(self._addresses[number])
             behind = int(np.searchsorted(self._addresses, np.uint64(address), side="right"))
             end = int(self._addresses[behind]) if behind < len(self._addresses) else address
-            yield _symbol(name, letter, address, end)
+            yield kallsyms_symbol(name, letter, address, end)
 
     def _read_addresses(self, prog: drgn.Program, told: dict[str, int], count: int) -> npt.NDArray[np.uint64]:
         """Follow kallsyms_sym_address() of whichever kernel this is: one symbol's address is known."""

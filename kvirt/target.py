@@ -244,14 +244,15 @@ def _learn(prog: drgn.Program) -> tuple[Btf, Symbols, Layout | None]:
     return *used_btf(prog), layout
 
 
-def _use_btf(prog: drgn.Program, alone: bool, meanwhile: Callable[[], None]) -> None:
+def _use_btf(prog: drgn.Program, here: bool, meanwhile: Callable[[], None]) -> None:
     """Use BTF and kallsyms.
 
-    All of it is Python, as is what is to be done meanwhile: only another process can do it beside.
+    All of it is Python, as is what is to be done meanwhile: only another process can do it beside. That pays
+    for the running kernel. To read the symbols of another one takes numpy, which both would have to import.
 
-    :param alone: whether this process is the only one that can read the kernel
+    :param here: whether it is the running kernel
     """
-    if alone or len(os.sched_getaffinity(0)) == 1:
+    if not here or len(os.sched_getaffinity(0)) == 1:
         meanwhile()
         _learn(prog)
         return
@@ -335,8 +336,7 @@ def open_target(
         )
     check_architecture(prog.platform)
     try:
-        # A connection to QEMU cannot be shared.
-        use_btf = partial(_use_btf, prog, qemu is not None, meanwhile)
+        use_btf = partial(_use_btf, prog, kind is Kind.LIVE, meanwhile)
         used = _load_types(prog, symbols, types, use_btf)
         if used == "dwarf":
             meanwhile()

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Types made of BTF as drgn prints them. Real kernels are compared with their DWARF in tests/vmcore."""
 
+import subprocess
+import sys
+
 import drgn
 import pytest
 
 from kvirt.btf import Btf, Kind
 from kvirt.errors import KvirtError
 from kvirt.finders import _ByName, _register, read_kallsyms, use_btf, used_btf
-from kvirt.kallsyms import ProcKallsyms
+from kvirt.proc_kallsyms import ProcKallsyms
 
 from .btf_assembler import Assembler
 from .test_btf import everything
@@ -240,3 +243,9 @@ def test_kinds_that_came_later_are_refused():
 def test_symbols_that_kptr_restrict_hides():
     assert not ProcKallsyms(b"0000000000000000 T _stext\n0000000000000000 T copy_vma\n")
     assert not ProcKallsyms(b"")
+
+
+def test_what_another_process_does_takes_no_numpy():
+    # It would import it beside the one that waits, and both would be late.
+    words = "import sys, kvirt.finders, kvirt.layout; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0

@@ -32,15 +32,23 @@ class Aside(Generic[T]):
         self._result, result = os.pipe()
         # Nobody's handlers are to run in there, and nobody's context to be left.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        self._pid = os.fork()
+        self._pid: int | None = None
+        # Where there may be no more processes, this one does it.
+        with suppress(OSError):
+            self._pid = os.fork()
         if self._pid == 0:
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if self._pid == 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(self._result)
             self._run(result)
         os.close(result)
+        try:
+            # Handlers of what came meanwhile run here.
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def _run(self, result: int) -> None:
@@ -75,7 +83,12 @@ class Aside(Generic[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         os.close(self._result)
-        with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        # Where SIGCHLD is ignored, as whoever started this one may have left it, nobody is left to wait for.
+        with suppress(ProcessLookupError, ChildProcessError):
+            if self._pid is not None:
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, 0)

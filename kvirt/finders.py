@@ -257,8 +257,7 @@ def _is_here(prog: drgn.Program) -> bool:
     return bool(prog.flags & here == here)
 
 
-# drgn's helpers are imported where they are called: one of them brings all, which is a good part of the time
-# to a verdict, and can be done while drgn reads debug information.
+# drgn's helpers are imported where they are called: their package brings all of them.
 
 SymbolFinder = Callable[[drgn.Program, str | None, int | None, bool], Sequence[drgn.Symbol]]
 

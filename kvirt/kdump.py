@@ -24,6 +24,8 @@ _RECORD = struct.Struct(">qq")
 # The headers are in the first of them.
 _RECORDS_MAX = 16
 _BLOCK_MAX = 1 << 20
+# Longer than any file can be.
+_FILE_MAX = 1 << 60
 # arch/arm64/kernel/vmcore_info.c, arch/x86/kernel/vmcore_info_64.c: what the others do not tell.
 _ONLY = {
     b"\nNUMBER(TCR_EL1_T1SZ)=": drgn.Architecture.AARCH64,
@@ -90,5 +92,5 @@ def read_kdump(path: Path) -> Kdump | None:
         level = core.read(block + _DUMP_LEVEL_AT, 4)
         place = core.read(block + _VMCOREINFO_AT, _VMCOREINFO.size)
         offset, size = _VMCOREINFO.unpack(place) if len(place) == _VMCOREINFO.size else (0, 0)
-        told = core.read(offset, size) if offset > 0 and size <= _BLOCK_MAX else b""
+        told = core.read(offset, size) if 0 < offset < _FILE_MAX and size <= _BLOCK_MAX else b""
     return Kdump(int.from_bytes(level, "little") if len(level) == 4 else None, told)

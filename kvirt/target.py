@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,9 +238,8 @@ def _learn(prog: drgn.Program) -> tuple[Btf, Symbols, Layout | None]:
     with contextlib.suppress(KvirtError):
         layout = layout_of(prog)
         # What naming VMAs asks for beside (drgn.helpers.linux.mm.vma_name()).
-        for name in ("special_mapping_name",):
-            with contextlib.suppress(LookupError):
-                prog.symbol(name)
+        with contextlib.suppress(LookupError):
+            prog.symbol("special_mapping_name")
     return *used_btf(prog), layout
 
 
@@ -336,10 +335,10 @@ def open_target(
         )
     check_architecture(prog.platform)
     try:
-        use_btf = partial(_use_btf, prog, kind is Kind.LIVE, meanwhile)
-        used = _load_types(prog, symbols, types, use_btf)
-        if used == "dwarf":
-            meanwhile()
+        # BTF may be tried and refused before debug information is found.
+        begin = cache(meanwhile)
+        used = _load_types(prog, symbols, types, partial(_use_btf, prog, kind is Kind.LIVE, begin))
+        begin()
         # drgn goes through debug information when it is first asked, and lets other threads run meanwhile.
         with contextlib.suppress(LookupError):
             prog.type("struct vm_area_struct")

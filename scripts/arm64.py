@@ -185,7 +185,10 @@ def check(core, vmlinux, *options):
 
 def document(core, vmlinux):
     """What check-all says in JSON, but for the name of the core."""
-    said = json.loads(check(core, vmlinux, "--format", "json").stdout)
+    done = check(core, vmlinux, "--format", "json")
+    if not done.stdout:
+        raise KvirtError(f"check-all said nothing of {core.name}, and ended with status {done.returncode}.")
+    said = json.loads(done.stdout)
     del said["target"]["location"]
     return said
 

@@ -67,6 +67,8 @@ def _enter_only(package: str) -> None:
     spec = importlib.util.find_spec(package)
     if spec is not None and package not in sys.modules:
         sys.modules[package] = importlib.util.module_from_spec(spec)
+        parent, _, name = package.rpartition(".")
+        setattr(sys.modules[parent], name, sys.modules[package])
 
 
 def _import_the_rest() -> None:

@@ -70,3 +70,37 @@ def test_signals_of_the_terminal_end_it():
         assert (status.si_code, status.si_status) == (os.CLD_KILLED, signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_where_no_more_processes_may_be_it_is_done_here(monkeypatch):
+    def refuse():
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", refuse)
+    assert run(os.getpid) == os.getpid()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM}
+
+
+def test_children_that_nobody_may_wait_for():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert run(lambda: "done") == "done"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_interrupted_when_it_has_just_begun(monkeypatch):
+    fork, children = os.fork, []
+
+    def interrupted():
+        pid = fork()
+        if pid:
+            children.append(pid)
+            os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(lambda: time.sleep(60))
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)

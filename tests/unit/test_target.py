@@ -5,9 +5,12 @@ import socket
 import struct
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import drgn
 import pytest
 
+from kvirt import target
 from kvirt.errors import KvirtError
 from kvirt.target import open_target
 
@@ -80,3 +83,28 @@ def test_socket_that_does_not_speak_qmp(tmp_path):
         with pytest.raises(KvirtError, match="does not speak QMP"):
             open_target(qemu=path)
         thread.join()
+
+
+def test_debug_information_of_a_server_when_the_kernel_tells_no_types(monkeypatch, tmp_path):
+    prog = SimpleNamespace(
+        flags=drgn.ProgramFlags.IS_LINUX_KERNEL,
+        platform=drgn.host_platform,
+        enabled_debug_info_finders=lambda: ["standard", "debuginfod"],
+        type=str,
+    )
+    asked, begun = [], []
+
+    def load(prog, symbols, finders):
+        asked.append(finders)
+        if "debuginfod" not in finders:
+            raise target._NoDebugInfoError("No debug information was found.")
+
+    def refuse(prog):
+        raise KvirtError("This kernel does not carry its types.")
+
+    monkeypatch.setattr(target, "_open_core", lambda path: prog)
+    monkeypatch.setattr(target, "_load_dwarf", load)
+    monkeypatch.setattr(target, "_learn", refuse)
+    opened = open_target(core=tmp_path / "vmcore", meanwhile=lambda: begun.append(True))
+    assert (opened.types, asked) == ("dwarf", [["standard"], ["standard", "debuginfod"]])
+    assert begun == [True]

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from kvirt.finders import read_kallsyms, use_btf, use_module_btf, used_btf
 from kvirt.kallsyms import Kallsyms
 from kvirt.layout import StructLayout, layout_of, read_layout
 from kvirt.scheme import Scheme
-from kvirt.target import _use_btf, open_target
+from kvirt.target import _learn, open_target
 from kvirt.tasks import find_process
 from tests.vmcore.conftest import TREE, kvirt
 
@@ -81,12 +82,13 @@ def test_another_process_learns_the_same(dump):
     together, apart = drgn.Program(), drgn.Program()
     for prog in (together, apart):
         prog.set_core_dump(dump.core)
-    use_btf(together)
-    _use_btf(apart, True, lambda: None)
-    assert plain(layout_of(together)) == plain(layout_of(apart))
+    btf, symbols, layout = pickle.loads(pickle.dumps(_learn(together)))
+    use_btf(apart, btf, symbols)
+    assert plain(layout) == plain(layout_of(together)) == plain(layout_of(apart))
     (_, asked), (_, told) = used_btf(together), used_btf(apart)
     # Each name that was asked for there, with what was found of it.
     assert {**told, **asked} == told
+    assert "special_mapping_name" in told
     assert plain(find_process(together, dump.pid)) == plain(find_process(apart, dump.pid))
 
 

@@ -80,8 +80,6 @@ class Forest:
                 members.setdefault(root, []).append(vma.address)
         found: list[FamilyViolation] = []
         quiet = True
-        # While the kernel runs, a family is read within as short a time as can be.
-        records = None if self._moves else space.records
         self._latest = []
         self._told_latest = set()
         self.filtered = 0
@@ -90,7 +88,7 @@ class Forest:
             if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
                 continue
             try:
-                family, violations, settled = self._check_family(root, vmas, records)
+                family, violations, settled = self._check_family(root, vmas, space.records)
             except drgn.FaultError as error:
                 if not is_filtered(error):
                     raise
@@ -127,10 +125,16 @@ class Forest:
                 yield key, FamilyViolation(check, violation, severity)
 
     def _check_family(
-        self, root: int, members: list[int], records: Records | None
+        self, root: int, members: list[int], records: Records
     ) -> tuple[Family, list[FamilyViolation], bool]:
         family = read_family(self._prog, self._layout, root, members, records)
         found = dict(self._violations(family))
+        if self._moves and (found or family.lost or not family.whole()):
+            # The process was read over a long time. Where that leaves anything to be said, or not judged,
+            # nothing counts that was read then: the family is read by itself, within as short a time as
+            # can be.
+            family = read_family(self._prog, self._layout, root, members)
+            found = dict(self._violations(family))
         settled = True
         transient: set[_Key] = set()
         if self._moves:

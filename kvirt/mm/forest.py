@@ -63,6 +63,8 @@ class Family:
     attached: dict[int, bool] = field(default_factory=dict)
     """Whether a VMA is in the maple tree of its mm; munmap and exit take it out there first."""
     mms: dict[int, MmState] = field(default_factory=dict)
+    lost: bool = False
+    """Whether a maple tree could not be followed, so that *attached* is a guess for some."""
 
     def leaving(self, vma: Vma) -> bool:
         """Whether a VMA that its mm does not have any more may be on its way out of the trees.
@@ -147,6 +149,7 @@ class _Reader:
             return self.mm_trees[vma.vm_mm].mtree_load(vma.vm_start) == vma.address
         except MapleError:
             # VMA-TREE reports a damaged one; here the VMA is taken for what it says it is.
+            self.family.lost = True
             return True
 
     def mm(self, address: int) -> MmState | None:
@@ -201,7 +204,7 @@ def read_family(
 
     :param root: address of the root ``struct anon_vma``
     :param members: addresses of VMAs known to be in it, whether or not its trees have them
-    :param known: what has been read already, where nothing changes meanwhile
+    :param known: what has been read already, and is taken as it was then
     :raises drgn.FaultError: if a part of it was left out of the dump
     """
     memory = Snapshot(prog) if known is None else known.memory

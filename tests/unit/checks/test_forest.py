@@ -3,15 +3,19 @@
 
 import pytest
 
-from kvirt.checks import patience
+from kvirt.checks import patience, process
 from kvirt.checks.process import ProcessChecker
 from kvirt.findings import Severity
+from kvirt.tasks import Processes
 from tests.unit.checks.test_process import (
     ANON_VMA,
     AVC,
     LAYOUT,
     LEAF,
+    MAX,
     MM,
+    PAGES,
+    START,
     VMA,
     Process,
     index_at,
@@ -21,6 +25,7 @@ from tests.unit.checks.test_process import (
 
 TREE = LAYOUT.anon_tree
 CHILDREN = ANON_VMA + LAYOUT.anon_vma.offset("num_children")
+REFCOUNT = ANON_VMA + LAYOUT.anon_vma.offset("refcount")
 SUBTREE_LAST = AVC + TREE.subtree_last
 
 
@@ -31,6 +36,24 @@ def no_pause(monkeypatch):
 
 def ids(result):
     return [(finding.id, finding.severity) for finding in result.findings]
+
+
+def detached(made_up, mm):
+    """A second node in the tree, with a VMA that no maple tree has."""
+    vma, avc = 0xFFFF888000900000, 0xFFFF888000910000
+    head = vma + LAYOUT.vma.offset("chain_next")
+    link = avc + LAYOUT.avc.offset("same_vma_next")
+    made_up.memory.put_struct(
+        LAYOUT.vma, vma, {**made_up.vma, "vm_mm": mm, "chain_next": link, "chain_prev": link}
+    )
+    made_up.memory.put_struct(
+        LAYOUT.avc,
+        avc,
+        {"vma": vma, "anon_vma": ANON_VMA, "same_vma_next": head, "same_vma_prev": head},
+    )
+    made_up.memory.put_words(avc + TREE.rb, [AVC + TREE.rb, 0, 0, made_up.vma["vm_pgoff"] + 3])
+    made_up.memory.put(AVC + TREE.rb + TREE.right, word(avc + TREE.rb))
+    made_up.memory.put(ANON_VMA + LAYOUT.anon_vma.offset("num_active_vmas"), word(2))
 
 
 @pytest.mark.parametrize("moves", [False, True])
@@ -58,6 +81,58 @@ def test_damage_is_told_with_the_first_process_that_shows_it():
     # That process turns out to be gone.
     checker.forget_latest()
     assert ids(checker.check(MM)) == first == [("ANON-VMA-CHILDREN", Severity.ERROR)]
+
+
+# Else what was read with the process would be told: as transient, or for information, or as hidden pages.
+@pytest.mark.parametrize(
+    ("address", "torn", "sound"),
+    [(CHILDREN, 5, 1), (REFCOUNT, 2, 1), (SUBTREE_LAST, START >> 12, (START >> 12) + PAGES - 1)],
+    ids=["transient", "info", "hidden"],
+)
+def test_what_only_the_reading_of_the_process_shows_is_not_told(address, torn, sound):
+    made_up = Process()
+    made_up.changing(address, [word(torn), word(sound)])
+    result = made_up.check()
+    assert (result.findings, result.incomplete) == ([], [])
+
+
+def test_sound_family_is_not_read_again():
+    made_up = Process()
+    # Whatever else is read of it comes later.
+    made_up.changing(CHILDREN, [word(1), word(5)])
+    assert made_up.check().findings == []
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_more_references_are_told_for_information(moves):
+    made_up = Process()
+    made_up.memory.put(REFCOUNT, word(2))
+    assert ids(made_up.check(moves)) == [("ANON-VMA-REF", Severity.INFO)]
+
+
+def test_family_is_counted_though_a_chain_was_torn_when_the_process_was_read():
+    made_up = Process()
+    made_up.changing(VMA + LAYOUT.vma.offset("chain_prev"), [word(0), word(made_up.vma["chain_prev"])])
+    made_up.memory.put(CHILDREN, word(5))
+    assert sorted(ids(made_up.check())) == [
+        ("ANON-VMA-CHILDREN", Severity.ERROR),
+        ("AVC-SELF", Severity.TRANSIENT),
+    ]
+
+
+def test_vma_is_missed_though_the_maple_tree_of_its_mm_was_torn_when_the_process_was_read(monkeypatch):
+    monkeypatch.setattr(process, "for_each_process", lambda prog, moves: Processes())
+    made_up = Process()
+    other, node = 0xFFFF888000920000, 0xFFFF888000930000
+    made_up.memory.put(node, bytes(4096))
+    made_up.memory.put_struct(LAYOUT.mm, other, {**made_up.mm, "ma_root": node | 1 << 3 | 6})
+    # Dead, and then empty.
+    made_up.changing(node, [word(node), word(1)])
+    made_up.memory.put(node + 8, word(MAX))
+    detached(made_up, other)
+    result = made_up.check()
+    assert ids(result) == [("AVC-IN-TREE", Severity.ERROR)]
+    assert "nobody is at work" in result.findings[0].message
 
 
 # The first reading is that of the process.
@@ -137,21 +212,7 @@ def test_lost_link_hides_all_pages():
 def test_vma_that_its_mm_does_not_have_any_more(mm, severity):
     made_up = Process()
     made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, **mm})
-    gone = 0xFFFF888000900000
-    made_up.memory.put_struct(LAYOUT.vma, gone, {**made_up.vma, "vm_mm": MM})
-    # A second node, whose VMA no maple tree has.
-    avc = 0xFFFF888000910000
-    head = gone + LAYOUT.vma.offset("chain_next")
-    link = avc + LAYOUT.avc.offset("same_vma_next")
-    made_up.memory.put_struct(
-        LAYOUT.avc,
-        avc,
-        {"vma": gone, "anon_vma": ANON_VMA, "same_vma_next": head, "same_vma_prev": head},
-    )
-    made_up.memory.put_struct(LAYOUT.vma, gone, {**made_up.vma, "chain_next": link, "chain_prev": link})
-    made_up.memory.put_words(avc + TREE.rb, [AVC + TREE.rb, 0, 0, made_up.vma["vm_pgoff"] + 3])
-    made_up.memory.put(AVC + TREE.rb + TREE.right, word(avc + TREE.rb))
-    made_up.memory.put(ANON_VMA + LAYOUT.anon_vma.offset("num_active_vmas"), word(2))
+    detached(made_up, MM)
     result = made_up.check(moves=False)
     assert ids(result) == [("AVC-IN-TREE", severity)]
     work = "munmap or exit is at work" if severity is Severity.TRANSIENT else "nobody is at work"

@@ -245,6 +245,32 @@ class KsmLayout:
 
 
 @dataclass(frozen=True)
+class PathLayout:
+    """What the path of a file is put together from (fs/d_path.c)."""
+
+    file: StructLayout
+    """The ``f_path`` of struct file."""
+    dentry: StructLayout
+    mount: StructLayout
+    """struct mount, with the offset of its struct vfsmount as "mnt"."""
+    operations: StructLayout
+    """struct dentry_operations"""
+
+
+@dataclass(frozen=True)
+class SpecialMappingLayout:
+    """What the kernel calls mappings that it made of its own pages (mm/mmap.c: special_mapping_name())."""
+
+    function: int
+    """Address of ``special_mapping_name()``, by which their operations are told."""
+    vma: StructLayout
+    operations: StructLayout
+    """struct vm_operations_struct"""
+    mapping: StructLayout
+    """struct vm_special_mapping"""
+
+
+@dataclass(frozen=True)
 class PrintkLayout:
     """The kernel's log (kernel/printk/printk_ringbuffer.h)."""
 
@@ -309,6 +335,12 @@ class Layout:
     """None if KSM does not remember the index of what it merges (Linux 7.2 and earlier)."""
     shmem_ops: frozenset[int]
     """Addresses of the vm_operations_struct of shmem mappings."""
+    path: PathLayout | None
+    """None if the types lack a part of it: then files have no names."""
+    special_mapping: SpecialMappingLayout | None
+    """None if the types or symbols lack a part of it."""
+    anon_name: int | None
+    """Offset of the string in struct anon_vma_name; None if the kernel has none."""
     dontunmap_resets_pgoff: bool
     """mremap(MREMAP_DONTUNMAP) makes an emptied source natural again."""
     hugetlb_index_in_pages: bool
@@ -626,6 +658,61 @@ def _ksm(prog: drgn.Program) -> KsmLayout | None:
     )
 
 
+def _path(prog: drgn.Program) -> PathLayout | None:
+    try:
+        return PathLayout(
+            _struct(prog, "struct file", {"dentry": ["f_path.dentry"], "mnt": ["f_path.mnt"]}),
+            _struct(
+                prog,
+                "struct dentry",
+                {
+                    "d_parent": ["d_parent"],
+                    "pprev": ["d_hash.pprev"],
+                    "d_op": ["d_op"],
+                    "name": ["d_name.name"],
+                    "len": ["d_name.len"],
+                },
+            ),
+            _struct(
+                prog,
+                "struct mount",
+                {
+                    "mnt": ["mnt"],
+                    "mnt_root": ["mnt.mnt_root"],
+                    "mnt_parent": ["mnt_parent"],
+                    "mnt_mountpoint": ["mnt_mountpoint"],
+                },
+            ),
+            _struct(prog, "struct dentry_operations", {"d_dname": ["d_dname"]}),
+        )
+    except KvirtError:
+        # A name is a courtesy.
+        return None
+
+
+def _special_mapping(prog: drgn.Program) -> SpecialMappingLayout | None:
+    function = _address(prog, "special_mapping_name")
+    if function is None:
+        return None
+    try:
+        return SpecialMappingLayout(
+            function,
+            _struct(prog, "struct vm_area_struct", {"vm_private_data": ["vm_private_data"]}),
+            _struct(prog, "struct vm_operations_struct", {"name": ["name"]}),
+            _struct(prog, "struct vm_special_mapping", {"name": ["name"]}),
+        )
+    except KvirtError:
+        return None
+
+
+def _anon_name(prog: drgn.Program) -> int | None:
+    try:
+        # An array without a length, which has no size.
+        return int(prog.type("struct anon_vma_name").member("name").offset)
+    except LookupError:
+        return None
+
+
 def printk_layout(prog: drgn.Program) -> PrintkLayout | None:
     """Where the kernel's log is; None if types or symbols lack what that takes.
 
@@ -867,6 +954,9 @@ def read_layout(prog: drgn.Program) -> Layout:
         shmem_ops=frozenset(
             a for a in (_address(prog, n) for n in ("shmem_vm_ops", "shmem_anon_vm_ops")) if a is not None
         ),
+        path=_path(prog),
+        special_mapping=_special_mapping(prog),
+        anon_name=_anon_name(prog),
         # Both came with the same change to copy_vma(), which was backported unevenly.
         dontunmap_resets_pgoff=copy_vma is None or "keep_source" in copy_vma,
         # Removed with the special units: "mm/filemap: remove hugetlb special casing" (6.7).

@@ -237,9 +237,6 @@ def _learn(prog: drgn.Program) -> tuple[Btf, Symbols, Layout | None]:
     layout = None
     with contextlib.suppress(KvirtError):
         layout = layout_of(prog)
-        # What naming VMAs asks for beside (drgn.helpers.linux.mm.vma_name()).
-        with contextlib.suppress(LookupError):
-            prog.symbol("special_mapping_name")
     return *used_btf(prog), layout
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import drgn
-from drgn import container_of
-from drgn.helpers.linux.mm import vma_name as _drgn_vma_name
 
 from kvirt.layout import Layout, layout_of
 from kvirt.snapshot import Readable
@@ -180,80 +178,3 @@ def vma_kind(vma: Vma, start_stack: int = 0) -> VmaKind:
     if not vma.flag("MAYSHARE"):
         return VmaKind.FILE_PRIVATE
     return VmaKind.SHMEM if vma.vm_ops in vma.layout.shmem_ops else VmaKind.FILE_SHARED
-
-
-# Directories deep, mounts included. PATH_MAX allows fewer.
-_PATH_DEPTH_MAX = 4096
-
-
-def d_path(path: drgn.Object) -> bytes:
-    """Name of a file as ``/proc/PID/maps`` shows it (fs/d_path.c: d_path()), in a bounded walk.
-
-    drgn's function of that name follows damaged or torn parents for ever.
-
-    :param path: ``struct path``
-    :raises ValueError: if the parents do not lead to a root
-    """
-    dentry = path.dentry.read_()
-    mount = container_of(path.mnt, "struct mount", "mnt")
-    root = dentry == mount.mnt.mnt_root
-    if dentry.d_op and dentry.d_op.d_dname and not (dentry == dentry.d_parent and root):
-        # memfds, shared memory and the like: simple_dname()
-        return b"/" + bytes(dentry.d_name.name.string_()) + b" (deleted)"
-    # d_unlinked(), include/linux/dcache.h
-    suffix = b" (deleted)" if not dentry.d_hash.pprev and dentry != dentry.d_parent else b""
-    names: list[bytes] = []
-    for _ in range(_PATH_DEPTH_MAX):
-        if dentry == mount.mnt.mnt_root or dentry == dentry.d_parent:
-            if mount == mount.mnt_parent or dentry != mount.mnt.mnt_root:
-                return b"/" + b"/".join(reversed(names)) + suffix
-            dentry, mount = mount.mnt_mountpoint.read_(), mount.mnt_parent.read_()
-        else:
-            names.append(bytes(dentry.d_name.name.string_()))
-            dentry = dentry.d_parent.read_()
-    raise ValueError("a path without a root")
-
-
-class VmaNames:
-    """Names of VMAs as ``/proc/PID/maps`` shows them; a file's path is found once."""
-
-    def __init__(self, prog: drgn.Program, start_stack: int, start_brk: int, brk: int) -> None:
-        self._prog = prog
-        self._start_stack = start_stack
-        self._heap = (start_brk, brk)
-        self._files: dict[int, str] = {}
-
-    def _file(self, address: int) -> str:
-        if address not in self._files:
-            try:
-                path = drgn.Object(self._prog, "struct file *", address).f_path.read_()
-                self._files[address] = d_path(path).decode(errors="backslashreplace")
-            except (drgn.FaultError, LookupError, ValueError, AttributeError):
-                # A path is a courtesy: a torn or damaged dentry must not stop the check.
-                self._files[address] = "?"
-        return self._files[address]
-
-    def _anon_name(self, vma: Vma, prefix: str) -> str:
-        if not vma.anon_name:
-            return ""
-        anon = drgn.Object(self._prog, "struct anon_vma_name *", vma.anon_name)
-        return f"[{prefix}:{anon.name.string_().decode(errors='backslashreplace')}]"
-
-    def __call__(self, vma: Vma) -> str:
-        """Name of a VMA, "" if it has none (fs/proc/task_mmu.c: get_vma_name())."""
-        name = ""
-        try:
-            if vma.vm_file:
-                name = self._anon_name(vma, "anon_shmem") or self._file(vma.vm_file)
-            elif vma.vm_ops:
-                obj = drgn.Object(self._prog, "struct vm_area_struct *", vma.address)
-                name = _drgn_vma_name(obj).decode(errors="backslashreplace")
-            elif vma.vm_start < self._heap[1] and vma.vm_end > self._heap[0]:
-                name = "[heap]"
-            elif vma.vm_start <= self._start_stack <= vma.vm_end:
-                name = "[stack]"
-            else:
-                name = self._anon_name(vma, "anon")
-        except (drgn.FaultError, LookupError, ValueError, AttributeError):
-            name = "?"
-        return name

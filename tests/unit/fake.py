@@ -15,7 +15,9 @@ from kvirt.layout import (
     Layout,
     MapleLayout,
     Member,
+    PathLayout,
     Scheme,
+    SpecialMappingLayout,
     StructLayout,
     SwapSpacesLayout,
     SwapTableLayout,
@@ -25,6 +27,7 @@ from kvirt.layout import (
 )
 
 VMEMMAP = 0xFFFFEA0000000000
+SPECIAL_MAPPING_NAME = 0xFFFFFFFF81001000
 
 
 def _layout(type_name: str, size: int, **offsets: int) -> StructLayout:
@@ -158,6 +161,29 @@ def make_layout(
             ),
         ),
         shmem_ops=frozenset({0xFFFFFFFF81000000}),
+        path=PathLayout(
+            _layout("struct file", 24, dentry=8, mnt=16),
+            StructLayout(
+                "struct dentry",
+                48,
+                {
+                    "pprev": Member(0, 8),
+                    "d_parent": Member(8, 8),
+                    "len": Member(20, 4),
+                    "name": Member(24, 8),
+                    "d_op": Member(32, 8),
+                },
+            ),
+            _layout("struct mount", 40, mnt_parent=8, mnt_mountpoint=16, mnt=24, mnt_root=24),
+            _layout("struct dentry_operations", 16, d_dname=8),
+        ),
+        special_mapping=SpecialMappingLayout(
+            SPECIAL_MAPPING_NAME,
+            _layout("struct vm_area_struct", 128, vm_private_data=88),
+            _layout("struct vm_operations_struct", 16, name=8),
+            _layout("struct vm_special_mapping", 16, name=0),
+        ),
+        anon_name=4,
         dontunmap_resets_pgoff=True,
         hugetlb_index_in_pages=True,
     )

@@ -16,12 +16,9 @@ import drgn
 
 from kvirt.elfcore import PT_LOAD, read_elf_core
 from kvirt.errors import FilteredError
-from kvirt.kdump import read_kdump
+from kvirt.kdump import EXCLUDED, read_kdump
 
 _CACHE_KEY = "kvirt.filtered"
-# What libkdumpfile says of a page that a kdump-compressed dump does not have (KDUMP_ERR_NODATA); here it is
-# said of those that an ELF dump does not have, too.
-_EXCLUDED = "Excluded page"
 # makedumpfile's level for all zeros and nothing else.
 _ZEROS = 1
 
@@ -61,12 +58,12 @@ def mark_filtered(prog: drgn.Program, path: Path) -> None:
 
 
 def _refuse(address: int, count: int, offset: int, physical: bool) -> bytes:
-    raise drgn.FaultError(_EXCLUDED, address)
+    raise drgn.FaultError(EXCLUDED, address)
 
 
 def is_filtered(fault: object) -> bool:
     """Whether a fault, or a sentence that quotes one, is about a page that was left out of the dump."""
-    return _EXCLUDED in str(fault)
+    return EXCLUDED in str(fault)
 
 
 def damage_only(fault: Exception) -> None:

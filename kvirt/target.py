@@ -19,6 +19,7 @@ import drgn
 
 from kvirt.architecture import check_architecture
 from kvirt.aside import Aside
+from kvirt.blocks import needs_blocks, open_blocks
 from kvirt.elfcore import read_elf_core
 from kvirt.errors import KvirtError
 from kvirt.filtered import mark_filtered
@@ -103,12 +104,15 @@ def _open_core(path: Path) -> drgn.Program:
         if path.is_file() and path.stat().st_size == 0:
             raise KvirtError(f"{path} is empty: take the dump again, with enough disk space.")
         _check_elf_core(path)
+        kdump = read_kdump(path) if path.is_file() else None
         try:
-            prog.set_core_dump(path)
+            if needs_blocks(kdump):
+                prog = open_blocks(path)
+            else:
+                prog.set_core_dump(path)
         except Exception as error:
             if _NO_ARCHITECTURE not in str(error):
                 raise
-            kdump = read_kdump(path)
             told = None if kdump is None else kdump.architecture
             prog = drgn.Program(drgn.Platform(told or drgn.Architecture.X86_64))
             prog.set_core_dump(path)

@@ -55,7 +55,7 @@ def test_what_does_not_say_its_level(tmp_path, content):
     path = tmp_path / "vmcore"
     path.write_bytes(content)
     kdump = read_kdump(path)
-    assert kdump is None or kdump == Kdump(None, b"")
+    assert kdump is None or (kdump.level, kdump.vmcoreinfo) == (None, b"")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,22 @@ def test_architecture_by_what_the_kernel_tells(tmp_path, pack, vmcoreinfo, archi
     path = tmp_path / "vmcore"
     path.write_bytes(pack(kdump(1, vmcoreinfo=vmcoreinfo)))
     told = read_kdump(path)
-    assert (told.level, told.vmcoreinfo, told.architecture) == (1, vmcoreinfo, architecture)
+    assert (told, told.architecture) == (Kdump(1, vmcoreinfo, BLOCK), architecture)
     # Of what is cut off nothing is known.
     path.write_bytes(pack(kdump(1, vmcoreinfo=vmcoreinfo)[: 3 * BLOCK]))
-    assert read_kdump(path) == Kdump(1, b"")
+    assert read_kdump(path) == Kdump(1, b"", BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("vmcoreinfo", "size"),
+    [(b"OSRELEASE=7.3\nPAGESIZE=16384\nA=1\n", 16384), (b"A=1\nPAGESIZE=x\n", None), (b"", None)],
+)
+def test_page_size_by_what_the_kernel_tells(vmcoreinfo, size):
+    assert Kdump(1, vmcoreinfo).page_size == size
+
+
+def test_records_that_are_written_again(tmp_path):
+    path = tmp_path / "vmcore"
+    end = struct.pack(">qq", -1, -1)
+    path.write_bytes(flattened(kdump(1)).removesuffix(end) + flattened(kdump(31))[4096:])
+    assert read_kdump(path).level == 31

@@ -7,8 +7,7 @@ root, the node before, the children. Over all VMAs this judges the whole tree.
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import drgn
 
@@ -32,8 +31,7 @@ from kvirt.snapshot import Snapshot, Table
 _READINGS = 6
 
 
-@dataclass(frozen=True, slots=True)
-class FilePlace:
+class FilePlace(NamedTuple):
     """Where a VMA is in the tree of its file's mappings."""
 
     node: RbNode | None = None
@@ -73,12 +71,22 @@ class FileTrees:
         self._prog = prog
         self._layout = layout
         self._moves = moves
+        self._root = root_decoder(layout.file_tree)
         self._read_anew()
 
     def _read_anew(self) -> None:
-        memory = self._memory = Snapshot(self._prog)
-        self._node = Table(node_reader(memory, self._layout.file_tree)).__getitem__
-        self._vmas = Table(vma_reader(memory, self._layout))
+        memory, layout, decode_root = Snapshot(self._prog), self._layout, self._root
+        how = layout.mapping
+        get_count = how.getter(("rwsem_count",)) if "rwsem_count" in how else lambda data: (0,)
+        i_mmap = how.offset("i_mmap")
+
+        def read_mapping(address: int) -> tuple[Root, bool]:
+            data = memory.read(address, how.size)
+            return decode_root(data, i_mmap), bool(get_count(data)[0] & RWSEM_WRITER_LOCKED)
+
+        self._mappings = Table(read_mapping)
+        self._node = Table(node_reader(memory, layout.file_tree)).__getitem__
+        self._vmas = Table(vma_reader(memory, layout))
 
     def place(self, vma: Vma, mapping: int) -> FilePlace:
         """Find a VMA in the tree.
@@ -100,31 +108,35 @@ class FileTrees:
         return place
 
     def _read(self, vma: Vma, mapping: int) -> FilePlace:
-        layout = self._layout
         try:
-            data = self._memory.read(mapping, layout.mapping.size)
+            root, locked = self._mappings[mapping]
         except drgn.FaultError as error:
             damage_only(error)
             return FilePlace(lost=f"its file's mapping {mapping:#x} cannot be read")
-        m = layout.mapping.decode(data)
-        locked = bool(m.get("rwsem_count", 0) & RWSEM_WRITER_LOCKED)
-        root = root_decoder(layout.file_tree)(data, layout.mapping.offset("i_mmap"))
+        read, address = self._node, vma.address
         try:
-            node = self._node(vma.address)
-            climb(self._node, root, vma.address)
+            node = read(address)
+            climb(read, root, address)
         except TreeError as error:
             return FilePlace(root=root, lost=str(error), locked=locked)
-        first, before, last, stray = False, None, None, None
-        try:
-            check_children(self._node, node, vma.address)
-        except TreeError as error:
-            stray = str(error)
+        first, before, stray = False, None, None
+        last: int | None = vma_last_pgoff(vma)
+        # Half of all nodes have no children.
+        if node.left or node.right:
+            try:
+                check_children(read, node, address)
+            except TreeError as error:
+                stray = str(error)
+            try:
+                last = subtree_last(read, node, vma_last_pgoff(vma))
+            except TreeError:
+                last = None
         # A neighbour that cannot be reached is a child of somebody, or shows what is wrong itself.
-        with contextlib.suppress(TreeError, drgn.FaultError):
-            address = rb_prev(self._node, vma.address)
-            first = address == 0
-            if address:
-                before = self._vmas[address]
-        with contextlib.suppress(TreeError):
-            last = subtree_last(self._node, node, vma_last_pgoff(vma))
+        try:
+            neighbour = rb_prev(read, address)
+            first = neighbour == 0
+            if neighbour:
+                before = self._vmas[neighbour]
+        except (TreeError, drgn.FaultError):
+            pass
         return FilePlace(node, root, None, first, before, last, stray, locked)

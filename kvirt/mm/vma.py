@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import drgn
@@ -53,8 +54,20 @@ class Vma(NamedTuple):
         return bool(self.vm_flags & self.layout.vm[name])
 
 
-_FIRST = ("vm_start", "vm_end", "vm_mm", "vm_flags", "vm_pgoff")
-_LAST = ("anon_vma", "vm_ops", "vm_file", "chain_next", "chain_prev")
+# What _make() of a NamedTuple does, without a look at its length.
+_make = tuple.__new__
+_MEMBERS = (
+    "vm_start",
+    "vm_end",
+    "vm_mm",
+    "vm_flags",
+    "vm_pgoff",
+    "anon_vma",
+    "vm_ops",
+    "vm_file",
+    "chain_next",
+    "chain_prev",
+)
 
 
 def vma_reader(memory: Readable, layout: Layout) -> Callable[[int], Vma]:
@@ -64,17 +77,22 @@ def vma_reader(memory: Readable, layout: Layout) -> Callable[[int], Vma]:
     """
     how = layout.vma
     halves = ("anon_pgoff_lo", "anon_pgoff_hi") if "anon_pgoff_lo" in how else ()
-    name = ("anon_name",) if "anon_name" in how else ()
-    get = how.getter((*halves, *_FIRST, *_LAST, *name))
-    no_name = () if name else (0,)
+    members = [name for name in (*_MEMBERS, *halves, "anon_name") if name in how]
+    # In order of their offsets they need no sorting.
+    members.sort(key=how.offset)
+    get, size = how.getter(tuple(members)), how.size
+    at = {name: 3 + index for index, name in enumerate(members)}
+    # Besides the members there are the layout, the address, and what a VMA without a name has as one.
+    named = {"layout": 0, "address": 1, "anon_pgoff": len(members) + 3, "anon_name": 2, **at}
+    if not halves:
+        named["anon_pgoff"] = at["vm_pgoff"]
+    pick = itemgetter(*(named[name] for name in Vma._fields))
+    low, high = (at[name] - 3 for name in halves) if halves else (0, 0)
 
     def read(address: int) -> Vma:
-        values = get(memory.read(address, how.size))
-        if halves:
-            # include/linux/mm.h: vma_start_anon_pgoff()
-            anon_pgoff = values[1] << 32 | values[0]
-            return Vma._make((layout, address, *values[2:7], anon_pgoff, *values[7:], *no_name))
-        return Vma._make((layout, address, *values[:5], values[4], *values[5:], *no_name))
+        values = get(memory.read(address, size))
+        # include/linux/mm.h: vma_start_anon_pgoff()
+        return _make(Vma, pick((layout, address, 0, *values, values[high] << 32 | values[low])))
 
     return read
 

@@ -14,6 +14,7 @@ import drgn
 
 # Bytes read at once: no kernel has smaller pages.
 _PAGE = 4096
+_WITHIN = _PAGE - 1
 # Pages that are kept. When there are more, all are read anew: it only takes longer.
 _PAGES_MAX = 1 << 13
 
@@ -45,11 +46,11 @@ class Snapshot:
 
         :raises drgn.FaultError: if it cannot be read
         """
-        at = address & (_PAGE - 1)
-        page = self._pages.get(address - at)
-        if page is None:
-            page = self._load(address - at)
-        data = page[at : at + size]
+        at = address & _WITHIN
+        try:
+            data = self._pages[address - at][at : at + size]
+        except KeyError:
+            data = self._load(address - at)[at : at + size]
         if len(data) != size:
             # It reaches into the next page, or a part of the page cannot be read.
             data = self._prog.read(address, size)
@@ -78,7 +79,7 @@ class Table(dict[int, T]):
         self._known = known or {}
 
     def __missing__(self, address: int) -> T:
-        one = self._known.get(address)
+        one = self._known.get(address) if self._known else None
         if one is None:
             one = self._read(address)
         self[address] = one

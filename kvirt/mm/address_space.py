@@ -71,7 +71,8 @@ class AddressSpace:
 
 def _add_anon_vmas(space: AddressSpace, addresses: Iterable[int]) -> None:
     known, records = space.anon_vmas, space.records.anon_vmas
-    for address in addresses:
+    # Each once, in this order.
+    for address in dict.fromkeys(addresses):
         if address in known or address == 0 or address in space.unreadable:
             continue
         try:
@@ -82,8 +83,6 @@ def _add_anon_vmas(space: AddressSpace, addresses: Iterable[int]) -> None:
 
 
 def _add_file(space: AddressSpace, address: int) -> None:
-    if address == 0 or address in space.files:
-        return
     try:
         space.files[address] = read_file(space.records.memory, space.layout, address)
     except drgn.FaultError:
@@ -110,12 +109,9 @@ def mm_unchanged(prog: drgn.Program, space: AddressSpace) -> bool:
     return again.entries == space.entries and again.chains == space.chains
 
 
-def _entries(
-    memory: Readable, layout: Layout, ma_root: int, at: frozenset[int] | None
+def _entries_at(
+    memory: Readable, layout: Layout, ma_root: int, at: frozenset[int]
 ) -> Iterator[tuple[int, int, int]]:
-    if at is None:
-        yield from mt_for_each(memory, layout, ma_root)
-        return
     tree, last = MapleTree(memory, layout, ma_root), -1
     for address in sorted(at):
         if address > last:
@@ -151,10 +147,12 @@ def read_address_space(
         brk=m["brk"],
         at=at,
     )
+    ma_root, vmas = m["ma_root"], space.records.vmas
+    entries = mt_for_each(memory, layout, ma_root) if at is None else _entries_at(memory, layout, ma_root, at)
     try:
-        for first, last, entry in _entries(memory, layout, m["ma_root"], at):
+        for first, last, entry in entries:
             try:
-                vma = space.records.vmas[entry]
+                vma = vmas[entry]
             except drgn.FaultError as error:
                 damage_only(error)
                 space.broken_tree = f"the entry for {first:#x} points to {entry:#x}, which cannot be read"
@@ -162,11 +160,15 @@ def read_address_space(
             space.entries.append(MmEntry(first, last, vma))
     except MapleError as error:
         space.broken_tree = str(error)
+    chains, files, read = space.chains, space.files, space.records.chains
+    leads_to: list[int] = []
     for vma in space.vmas():
-        chain = space.chains[vma.address] = space.records.chains[vma.address]
-        _add_file(space, vma.vm_file)
-        _add_anon_vmas(space, (vma.anon_vma, *[link.anon_vma for link in chain.links]))
+        chain = chains[vma.address] = read[vma.address]
+        if vma.vm_file and vma.vm_file not in files:
+            _add_file(space, vma.vm_file)
+        leads_to.append(vma.anon_vma)
+        leads_to += [link.anon_vma for link in chain.links]
+    _add_anon_vmas(space, leads_to)
     # A root that is not in any chain is damage, and a check wants to look at it.
-    for anon_vma in list(space.anon_vmas.values()):
-        _add_anon_vmas(space, (anon_vma.root, anon_vma.parent))
+    _add_anon_vmas(space, [at for one in space.anon_vmas.values() for at in (one.root, one.parent)])
     return space

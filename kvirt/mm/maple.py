@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections.abc import Iterator
+from operator import lt
 from typing import NamedTuple
 
 import drgn
@@ -76,6 +77,17 @@ def _read_node(memory: Readable, layout: Layout, entry: int, max_index: int) -> 
     return _Node((*pivots[:end], max_index), slots[: end + 1], type_ == _LEAF_64)
 
 
+def _sound(lasts: tuple[int, ...], first: int, high: int) -> int:
+    """How many of a node's last indexes, from the first on, are in order and in the node's range."""
+    if first <= lasts[0] and lasts[-1] <= high and all(map(lt, lasts, lasts[1:])):
+        return len(lasts)
+    for sound, last in enumerate(lasts):
+        if not first <= last <= high:
+            return sound
+        first = last + 1
+    return len(lasts)
+
+
 def mt_for_each(memory: Readable, layout: Layout, ma_root: int) -> Iterator[tuple[int, int, int]]:
     """Go through the entries of a maple tree in order.
 
@@ -128,18 +140,13 @@ class MapleTree:
 
     def _node(self, entry: int, first: int, high: int) -> tuple[_Node, int]:
         key = entry, first, high
-        if key not in self._nodes:
+        found = self._nodes.get(key)
+        if found is None:
             if entry & ~_NODE_MASK == 0:
                 raise MapleError("a maple node has an empty slot where a node should be")
             node = _read_node(self._memory, self._layout, entry, high)
-            sound = 0
-            for last in node.lasts:
-                if not first <= last <= high:
-                    break
-                first = last + 1
-                sound += 1
-            self._nodes[key] = node, sound
-        return self._nodes[key]
+            found = self._nodes[key] = node, _sound(node.lasts, first, high)
+        return found
 
     def mas_walk(self, index: int) -> tuple[int, int, int]:
         """The entry at an index with the range that it is stored for (lib/maple_tree.c).

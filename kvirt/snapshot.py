@@ -7,7 +7,7 @@ with small reads pays for each of them, and while a kernel runs sees neighbours 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import drgn
@@ -70,17 +70,9 @@ class Snapshot:
 class Table(dict[int, T]):
     """Structures by address, read when they are asked for."""
 
-    def __init__(self, read: Callable[[int], T], known: Mapping[int, T] | None = None) -> None:
-        """Prepare.
-
-        :param known: what has been read already, and is not to be read
-        """
+    def __init__(self, read: Callable[[int], T]) -> None:
         self._read = read
-        self._known = known or {}
 
     def __missing__(self, address: int) -> T:
-        one = self._known.get(address) if self._known else None
-        if one is None:
-            one = self._read(address)
-        self[address] = one
+        one = self[address] = self._read(address)
         return one

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import drgn
@@ -16,9 +15,8 @@ from kvirt.filtered import is_filtered
 from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
-from kvirt.mm.forest import AnonTree, Family, MmState, read_family, read_mm_state
+from kvirt.mm.forest import AnonTree, Family, FamilyReader, MmState, read_family, read_mm_state
 from kvirt.mm.pagetable import U64
-from kvirt.mm.rmap import Records
 
 _ACCUSING = (Severity.ERROR, Severity.WARNING)
 
@@ -54,7 +52,7 @@ class Forest:
         """
         self._prog = prog
         self._layout = layout
-        self._checks = [check for check in checks if check.family is not None]
+        self._checks = [(check, check.family) for check in checks if check.family is not None]
         self._moves = moves
         # VMAs of families that other processes belong to as well, by root: not to be looked at again.
         self._done: dict[int, U64] = {}
@@ -72,12 +70,8 @@ class Forest:
 
         :return: what is wrong, and whether all of it could be looked at in peace
         """
-        members: dict[int, list[int]] = {}
-        for vma in space.vmas():
-            if vma.vm_mm != space.address:
-                continue
-            for root in self._roots(space, vma.address):
-                members.setdefault(root, []).append(vma.address)
+        members, listed = _members(space)
+        reader = FamilyReader(self._layout, space.records, listed)
         found: list[FamilyViolation] = []
         quiet = True
         self._latest = []
@@ -88,7 +82,7 @@ class Forest:
             if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
                 continue
             try:
-                family, violations, settled = self._check_family(root, vmas, space.records)
+                family, violations, settled = self._check_family(root, vmas, reader)
             except drgn.FaultError as error:
                 if not is_filtered(error):
                     raise
@@ -111,30 +105,29 @@ class Forest:
         self._told -= self._told_latest
         self._latest, self._told_latest = [], set()
 
-    def _roots(self, space: AddressSpace, vma: int) -> set[int]:
-        anon_vmas = (space.anon_vmas.get(link.anon_vma) for link in space.chains[vma].links)
-        return {anon_vma.root for anon_vma in anon_vmas if anon_vma is not None}
-
-    def _violations(self, family: Family) -> Iterator[tuple[_Key, FamilyViolation]]:
-        for check in self._checks:
-            assert check.family is not None
-            for violation in check.family(family):
+    def _violations(self, family: Family) -> dict[_Key, FamilyViolation]:
+        found = {}
+        for check, run in self._checks:
+            for violation in run(family):
                 severity = violation.severity or check.severity
                 where = violation.vma.address if violation.vma is not None else 0
                 key = check.id, violation.address or 0, where, violation.message
-                yield key, FamilyViolation(check, violation, severity)
+                found[key] = FamilyViolation(check, violation, severity)
+        return found
 
     def _check_family(
-        self, root: int, members: list[int], records: Records
+        self, root: int, members: list[int], reader: FamilyReader
     ) -> tuple[Family, list[FamilyViolation], bool]:
-        family = read_family(self._prog, self._layout, root, members, records)
-        found = dict(self._violations(family))
-        if self._moves and (found or family.lost or not family.whole()):
+        family = reader.read(root, members)
+        found = self._violations(family)
+        if self._moves and (found or family.lost or not family.whole):
             # The process was read over a long time. Where that leaves anything to be said, or not judged,
             # nothing counts that was read then: the family is read by itself, within as short a time as
             # can be.
             family = read_family(self._prog, self._layout, root, members)
-            found = dict(self._violations(family))
+            found = self._violations(family)
+        if not found:
+            return family, [], True
         settled = True
         transient: set[_Key] = set()
         if self._moves:
@@ -148,7 +141,7 @@ class Forest:
                     settled = False
                     break
                 family = again
-                fresh = dict(self._violations(family))
+                fresh = self._violations(family)
                 transient |= suspects - fresh.keys()
                 found.update((key, value) for key, value in fresh.items() if key in suspects)
         elif family.locked or any(mm.write_locked for mm in family.mms.values()):
@@ -189,6 +182,26 @@ class Forest:
 
     def _states(self, family: Family) -> dict[int, MmState | None]:
         return {mm: read_mm_state(self._prog, self._layout, mm) for mm in family.mms}
+
+
+def _members(space: AddressSpace) -> tuple[dict[int, list[int]], set[int]]:
+    """VMAs of a process, by the roots of their anon_vmas; and which of its VMAs are in its maple tree."""
+    members: dict[int, list[int]] = {}
+    listed: set[int] = set()
+    for entry in space.entries:
+        vma = entry.vma
+        if vma.vm_mm != space.address:
+            continue
+        if entry.first <= vma.vm_start <= entry.last:
+            listed.add(vma.address)
+        for link in space.chains[vma.address].links:
+            anon_vma = space.anon_vmas.get(link.anon_vma)
+            if anon_vma is None:
+                continue
+            vmas = members.setdefault(anon_vma.root, [])
+            if not vmas or vmas[-1] != vma.address:
+                vmas.append(vma.address)
+    return members, listed
 
 
 def _alike(first: Family, second: Family) -> bool:

@@ -35,14 +35,14 @@ def avc_in_tree(family: Family) -> Iterator[Violation]:
     Transient for VMAs that their mm does not have any more: munmap() and exit() take them out of the
     trees after that. An error if nobody holds the mmap_lock, as munmap() would.
     """
-    in_chains = {link.address for link in family.links()}
-    leaving: Counter[int] = Counter()
+    in_chains = {link.address for chain in family.chains.values() for link in chain.links}
+    leaving: dict[int, int] = {}
     for anon_vma, tree in family.trees.items():
         for link in tree.links.values():
             vma = family.vmas.get(link.vma)
             if link.anon_vma != anon_vma:
                 yield Violation(
-                    f"the tree of the anon_vma {anon_vma:#x} has a link of another",
+                    f"{_name(anon_vma)} has a link of another",
                     address=link.address,
                     expected=anon_vma,
                     actual=link.anon_vma,
@@ -50,24 +50,24 @@ def avc_in_tree(family: Family) -> Iterator[Violation]:
                 )
             elif vma is None:
                 yield Violation(
-                    f"the tree of the anon_vma {anon_vma:#x} leads to a VMA that cannot be read",
+                    f"{_name(anon_vma)} leads to a VMA that cannot be read",
                     address=link.address,
                     actual=link.vma,
                 )
             elif not family.attached[vma.address]:
                 if family.leaving(vma):
-                    leaving[vma.vm_mm] += 1
+                    leaving[vma.vm_mm] = leaving.get(vma.vm_mm, 0) + 1
                 else:
                     yield Violation(
-                        f"the tree of the anon_vma {anon_vma:#x} has a link to a VMA that its mm "
-                        f"{vma.vm_mm:#x} does not have, and nobody is at work there",
+                        f"{_name(anon_vma)} has a link to a VMA that its mm {vma.vm_mm:#x} does not have, "
+                        "and nobody is at work there",
                         address=link.address,
                         actual=link.vma,
                         vma=vma,
                     )
             elif link.address not in in_chains and family.chains[vma.address].broken is None:
                 yield Violation(
-                    f"the tree of the anon_vma {anon_vma:#x} has a link that is in no VMA's chain",
+                    f"{_name(anon_vma)} has a link that is in no VMA's chain",
                     address=link.address,
                     vma=vma,
                 )
@@ -92,6 +92,10 @@ def avc_in_tree(family: Family) -> Iterator[Violation]:
                 )
 
 
+def _name(anon_vma: int) -> str:
+    return f"the tree of the anon_vma {anon_vma:#x}"
+
+
 @family_check(
     "ANON-VMA-TREE-KEY",
     Severity.ERROR,
@@ -105,25 +109,26 @@ def anon_vma_tree_key(family: Family) -> Iterator[Violation]:
     A tree that runs in a loop, or leads to memory that cannot be read, is reported here.
     """
     for anon_vma, tree in family.trees.items():
-        name = f"the tree of the anon_vma {anon_vma:#x}"
         if tree.broken is not None:
-            yield Violation(f"{name} cannot be followed to its end: {tree.broken}", address=anon_vma)
+            yield Violation(
+                f"{_name(anon_vma)} cannot be followed to its end: {tree.broken}", address=anon_vma
+            )
             continue
         first = next(iter(tree.links), 0)
         if tree.root.leftmost != first:
             yield Violation(
-                f"rb_leftmost of {name} is not its first node",
+                f"rb_leftmost of {_name(anon_vma)} is not its first node",
                 address=anon_vma,
                 expected=first,
                 actual=tree.root.leftmost,
             )
-        parents = {tree.root.node: 0} if tree.root.node else {}
+        parents = {tree.root.node: 0}
         for address, link in tree.links.items():
-            parents.update(dict.fromkeys((link.rb.left, link.rb.right), address))
+            parents[link.rb.left] = parents[link.rb.right] = address
         for address, link in tree.links.items():
             if link.rb.parent != parents[address]:
                 yield Violation(
-                    f"{name} has a node with a wrong parent",
+                    f"{_name(anon_vma)} has a node with a wrong parent",
                     address=address,
                     expected=parents[address],
                     actual=link.rb.parent,
@@ -132,7 +137,8 @@ def anon_vma_tree_key(family: Family) -> Iterator[Violation]:
         for before, node in pairwise(tree.nodes.values()):
             if node.start < before.start:
                 yield Violation(
-                    f"{name} is out of order: before the offset {node.start:#x} comes {before.start:#x}",
+                    f"{_name(anon_vma)} is out of order: before the offset {node.start:#x} comes "
+                    f"{before.start:#x}",
                     address=node.address,
                     vma=family.vmas.get(tree.links[node.address].vma),
                 )
@@ -150,11 +156,13 @@ def avc_tree_subtree_last(family: Family) -> Iterator[Violation]:
         if tree.broken is not None:
             continue
         for address, node in tree.nodes.items():
-            below = [tree.links[child].rb.subtree_last for child in (node.rb.left, node.rb.right) if child]
-            expected = max([node.last, *below])
+            expected = node.last
+            for child in (node.rb.left, node.rb.right):
+                if child:
+                    expected = max(expected, tree.links[child].rb.subtree_last)
             if node.rb.subtree_last != expected:
                 yield Violation(
-                    f"a node of the tree of the anon_vma {anon_vma:#x} has a wrong rb_subtree_last",
+                    f"a node of {_name(anon_vma)} has a wrong rb_subtree_last",
                     address=address,
                     expected=expected,
                     actual=node.rb.subtree_last,
@@ -174,9 +182,12 @@ def anon_vma_active(family: Family) -> Iterator[Violation]:
 
     Not judged while a part of the family cannot be read.
     """
-    if not family.whole():
+    if not family.whole:
         return
-    owners = Counter(vma.anon_vma for vma in family.vmas.values())
+    owners = dict.fromkeys(family.anon_vmas, 0)
+    for vma in family.vmas.values():
+        if vma.anon_vma in owners:
+            owners[vma.anon_vma] += 1
     for address, anon_vma in family.anon_vmas.items():
         if anon_vma.num_active_vmas != owners[address]:
             yield Violation(
@@ -197,9 +208,12 @@ def anon_vma_active(family: Family) -> Iterator[Violation]:
 )
 def anon_vma_children(family: Family) -> Iterator[Violation]:
     """A child that no VMA is left of does not count."""
-    if not family.whole():
+    if not family.whole:
         return
-    children = Counter(a.parent for a in family.anon_vmas.values() if a.tree.node)
+    children = dict.fromkeys(family.anon_vmas, 0)
+    for anon_vma in family.anon_vmas.values():
+        if anon_vma.tree.node and anon_vma.parent in children:
+            children[anon_vma.parent] += 1
     for address, anon_vma in family.anon_vmas.items():
         if anon_vma.num_children != children[address]:
             yield Violation(
@@ -221,26 +235,29 @@ def anon_vma_ref(family: Family) -> Iterator[Violation]:
 
     For information only where there are more: migration and KSM hold some.
     """
-    if not family.whole():
+    if not family.whole:
         return
-    in_chains = {link.anon_vma for link in family.links()}
-    for address, anon_vma in family.anon_vmas.items():
+    least = dict.fromkeys(family.anon_vmas, 1)
+    least[family.root] = len(family.anon_vmas)
+    wrong = [one for one in family.anon_vmas.values() if one.refcount != least[one.address]]
+    in_chains = {link.anon_vma for chain in family.chains.values() for link in chain.links} if wrong else ()
+    for anon_vma in wrong:
+        address = anon_vma.address
         if address not in in_chains and not family.trees[address].links:
             # No VMA leads to it any more: while the kernel runs, it was freed after its process was read.
             continue
-        least = len(family.anon_vmas) if address == family.root else 1
-        if anon_vma.refcount < least:
+        if anon_vma.refcount < least[address]:
             yield Violation(
                 f"the anon_vma {address:#x} has too few references",
                 address=address,
-                expected=least,
+                expected=least[address],
                 actual=anon_vma.refcount,
             )
-        elif anon_vma.refcount > least:
+        else:
             yield Violation(
                 f"somebody else holds references to the anon_vma {address:#x}, as migration and KSM do",
                 address=address,
-                expected=least,
+                expected=least[address],
                 actual=anon_vma.refcount,
                 severity=Severity.INFO,
             )
@@ -254,16 +271,17 @@ def anon_vma_ref(family: Family) -> Iterator[Violation]:
 )
 def same_av_same_chain(family: Family) -> Iterator[Violation]:
     """Whoever shares one shares all."""
-    groups: dict[int, list[tuple[Vma, frozenset[int]]]] = {}
+    groups: dict[int, list[Vma]] = {}
     for address, vma in family.vmas.items():
         chain = family.chains[address]
         if vma.anon_vma and chain.links and chain.broken is None and family.attached[address]:
-            groups.setdefault(vma.anon_vma, []).append((vma, chain.anon_vmas()))
+            groups.setdefault(vma.anon_vma, []).append(vma)
     for anon_vma, group in groups.items():
-        ((usual, _),) = Counter(members for _, members in group).most_common(1)
-        for vma, members in group:
-            if members == usual:
-                continue
+        sets = [family.chains[vma.address].anon_vmas() for vma in group]
+        if sets.count(sets[0]) == len(sets):
+            continue
+        ((usual, _),) = Counter(sets).most_common(1)
+        for vma, members in zip(group, sets, strict=True):
             for missing in sorted(usual - members):
                 yield Violation(
                     f"the chain lacks an anon_vma that others with the anon_vma {anon_vma:#x} have",

@@ -7,7 +7,7 @@ anonymous pages may be on one of them is in the root's tree (kernel: mm/rmap.c, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 import drgn
@@ -22,6 +22,8 @@ from kvirt.snapshot import Readable, Snapshot
 
 # AVCs in one tree. A process has at most 65,530 VMAs by default, and a family of processes many of them.
 NODES_MAX = 1 << 22
+# Maple trees that are kept from one family to the next, with the nodes that were looked at.
+_MM_TREES_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Family:
     mms: dict[int, MmState] = field(default_factory=dict)
     lost: bool = False
     """Whether a maple tree could not be followed, so that *attached* is a guess for some."""
+    whole: bool = True
+    """Whether nothing of it is out of reach, so that it can be counted."""
 
     def leaving(self, vma: Vma) -> bool:
         """Whether a VMA that its mm does not have any more may be on its way out of the trees.
@@ -81,54 +85,99 @@ class Family:
         root = self.anon_vmas.get(self.root)
         return root is not None and bool(root.write_locked)
 
-    def links(self) -> Iterator[AnonVmaChain]:
-        """The links of all chains."""
-        return (link for chain in self.chains.values() for link in chain.links)
-
-    def whole(self) -> bool:
-        """Whether nothing of it is out of reach, so that it can be counted."""
-        return (
-            all(tree.broken is None and len(tree.links) == len(tree.nodes) for tree in self.trees.values())
-            and all(chain.broken is None for chain in self.chains.values())
-            and all(link.anon_vma in self.anon_vmas for link in self.links())
-        )
-
     def shared(self) -> bool:
         """Whether more than one process is in it."""
         return len({vma.vm_mm for vma in self.vmas.values()}) > 1
 
 
-class _Reader:
-    def __init__(self, layout: Layout, root: int, records: Records) -> None:
+class FamilyReader:
+    """Reads families, one after another, from the same records."""
+
+    def __init__(self, layout: Layout, records: Records, listed: Container[int] = ()) -> None:
+        """Prepare.
+
+        :param records: what has been read already, and is taken as it was then; nothing is added to it
+        :param listed: addresses of VMAs that are known to be in the maple trees of their mms
+        """
         self.layout = layout
         self.records = records
+        self.listed = listed
+        # Most families of a process are of the same processes.
+        self.mms: dict[int, MmState | None] = {}
         self.mm_trees: dict[int, MapleTree] = {}
-        self.family = Family(root)
-        self.todo: list[int] = []
-        self.strangers: set[int] = set()
 
-    def add_anon_vma(self, address: int) -> None:
+    def read(self, root: int, members: Iterable[int]) -> Family:
+        """Read the family of a root anon_vma.
+
+        :param root: address of the root ``struct anon_vma``
+        :param members: addresses of VMAs known to be in it, whether or not its trees have them
+        :raises drgn.FaultError: if a part of it was left out of the dump
+        """
+        mark = self.records.mark()
+        if len(self.mm_trees) > _MM_TREES_MAX:
+            self.mm_trees.clear()
+        reading = _Reading(self, root)
+        try:
+            reading.add_anon_vma(root)
+            for address in members:
+                reading.add_vma(address)
+            while reading.todo:
+                reading.read_tree(reading.todo.pop())
+        finally:
+            self.records.release(mark)
+        return reading.family
+
+    def mm(self, address: int) -> MmState | None:
+        """The state of a ``struct mm_struct``, None if it cannot be read."""
+        if address not in self.mms:
+            self.mms[address] = read_mm_state(self.records.memory, self.layout, address)
+        return self.mms[address]
+
+    def mm_tree(self, address: int, state: MmState) -> MapleTree:
+        """The maple tree of a ``struct mm_struct``."""
+        tree = self.mm_trees.get(address)
+        if tree is None:
+            tree = self.mm_trees[address] = MapleTree(self.records.memory, self.layout, state.ma_root)
+        return tree
+
+
+class _Reading:
+    """The reading of one family."""
+
+    def __init__(self, reader: FamilyReader, root: int) -> None:
+        self.reader = reader
+        self.records = reader.records
+        self.family = Family(root)
+        self.todo: list[AnonVma] = []
+        self.strangers = {0}
+
+    def add_anon_vma(self, address: int) -> bool:
+        """Add an anon_vma; returns whether it is of the family."""
         family = self.family
-        if not address or address in family.anon_vmas or address in self.strangers:
-            return
+        if address in family.anon_vmas:
+            return True
+        if address in self.strangers:
+            return False
         try:
             anon_vma = self.records.anon_vmas[address]
         except drgn.FaultError as error:
             damage_only(error)
             # A chain that leads there is damage, which AVC-SELF reports.
             self.strangers.add(address)
-            return
+            return False
         if anon_vma.root != family.root:
             # As is one that leads to another family: ANON-VMA-ROOT.
             self.strangers.add(address)
-            return
+            return False
         family.anon_vmas[address] = anon_vma
-        self.todo.append(address)
+        self.todo.append(anon_vma)
+        return True
 
     def add_vma(self, address: int) -> Vma | None:
         family = self.family
-        if address in family.vmas:
-            return family.vmas[address]
+        vma = family.vmas.get(address)
+        if vma is not None:
+            return vma
         try:
             vma = self.records.vmas[address]
         except drgn.FaultError as error:
@@ -137,30 +186,27 @@ class _Reader:
         family.vmas[address] = vma
         chain = family.chains[address] = self.records.chains[address]
         family.attached[address] = self.is_attached(vma)
+        family.whole &= chain.broken is None
         for link in chain.links:
-            self.add_anon_vma(link.anon_vma)
+            family.whole &= self.add_anon_vma(link.anon_vma)
         return vma
 
     def is_attached(self, vma: Vma) -> bool:
-        mm = self.mm(vma.vm_mm)
-        if mm is None or mm.mm_users == 0:
+        mms, address = self.family.mms, vma.vm_mm
+        mm = mms.get(address) or self.reader.mm(address)
+        if mm is None:
             return False
+        mms[address] = mm
+        if mm.mm_users == 0:
+            return False
+        if vma.address in self.reader.listed:
+            return True
         try:
-            return self.mm_trees[vma.vm_mm].mtree_load(vma.vm_start) == vma.address
+            return self.reader.mm_tree(address, mm).mtree_load(vma.vm_start) == vma.address
         except MapleError:
             # VMA-TREE reports a damaged one; here the VMA is taken for what it says it is.
             self.family.lost = True
             return True
-
-    def mm(self, address: int) -> MmState | None:
-        mms = self.family.mms
-        if address not in mms:
-            state = read_mm_state(self.records.memory, self.layout, address)
-            if state is None:
-                return None
-            mms[address] = state
-            self.mm_trees[address] = MapleTree(self.records.memory, self.layout, state.ma_root)
-        return mms[address]
 
     def read_node(self, address: int) -> RbNode:
         try:
@@ -171,14 +217,16 @@ class _Reader:
 
     def read_tree(self, anon_vma: AnonVma) -> None:
         tree = self.family.trees[anon_vma.address] = AnonTree(anon_vma.tree)
+        avcs, links, nodes = self.records.avcs, tree.links, tree.nodes
         try:
             for address in in_order(self.read_node, anon_vma.tree, NODES_MAX):
-                link = tree.links[address] = self.records.avcs[address]
+                link = links[address] = avcs[address]
                 vma = self.add_vma(link.vma)
                 if vma is not None:
-                    tree.nodes[address] = Interval(address, link.rb, vma.anon_pgoff, vma_last_anon_pgoff(vma))
+                    nodes[address] = Interval(address, link.rb, vma.anon_pgoff, vma_last_anon_pgoff(vma))
         except TreeError as error:
             tree.broken = str(error)
+        self.family.whole &= tree.broken is None and len(links) == len(nodes)
 
 
 def read_mm_state(memory: Readable, layout: Layout, address: int) -> MmState | None:
@@ -197,21 +245,6 @@ def read_mm_state(memory: Readable, layout: Layout, address: int) -> MmState | N
     return MmState(m["ma_root"], m["mm_users"], m.get("mm_lock_seq"), locked, held)
 
 
-def read_family(
-    prog: drgn.Program, layout: Layout, root: int, members: Iterable[int], known: Records | None = None
-) -> Family:
-    """Read the family of a root anon_vma.
-
-    :param root: address of the root ``struct anon_vma``
-    :param members: addresses of VMAs known to be in it, whether or not its trees have them
-    :param known: what has been read already, and is taken as it was then
-    :raises drgn.FaultError: if a part of it was left out of the dump
-    """
-    memory = Snapshot(prog) if known is None else known.memory
-    reader = _Reader(layout, root, Records(memory, layout, known))
-    reader.add_anon_vma(root)
-    for address in members:
-        reader.add_vma(address)
-    while reader.todo:
-        reader.read_tree(reader.family.anon_vmas[reader.todo.pop()])
-    return reader.family
+def read_family(prog: drgn.Program, layout: Layout, root: int, members: Iterable[int]) -> Family:
+    """Read a family by itself, as :meth:`FamilyReader.read` does, and everything anew."""
+    return FamilyReader(layout, Records(Snapshot(prog), layout)).read(root, members)

@@ -76,13 +76,15 @@ def node_decoder(tree: TreeLayout) -> Callable[[bytes, int], RbNode]:
     """A function from bytes, and an offset in them, to the ``struct rb_node`` there."""
     unpack = _words(tree.span).unpack_from
     rb, last = tree.rb, tree.subtree_last - tree.rb >> 3
-    parent, left, right = tree.parent >> 3, tree.left >> 3, tree.right >> 3
+    at_parent, at_left, at_right = tree.parent >> 3, tree.left >> 3, tree.right >> 3
 
     def decode(data: bytes, at: int) -> RbNode:
         words = unpack(data, at)
         # rb_parent(): the lower bits hold the colour.
+        parent, left, right = words[at_parent] & ~3, words[at_left], words[at_right]
+        # Nodes are many, and most of their pointers 0: these are not worth a call.
         return RbNode(
-            _owner(words[parent] & ~3, rb), _owner(words[left], rb), _owner(words[right], rb), words[last]
+            parent and _owner(parent, rb), left and _owner(left, rb), right and _owner(right, rb), words[last]
         )
 
     return decode

@@ -6,6 +6,7 @@ import pytest
 from kvirt.checks import patience, process
 from kvirt.checks.process import ProcessChecker
 from kvirt.findings import Severity
+from kvirt.mm.forest import FamilyReader, read_family
 from kvirt.tasks import Processes
 from tests.unit.checks.test_process import (
     ANON_VMA,
@@ -217,6 +218,27 @@ def test_vma_that_its_mm_does_not_have_any_more(mm, severity):
     assert ids(result) == [("AVC-IN-TREE", severity)]
     work = "munmap or exit is at work" if severity is Severity.TRANSIENT else "nobody is at work"
     assert work in result.findings[0].message
+
+
+def test_vma_that_the_maple_tree_has_elsewhere():
+    made_up = Process()
+    # The entry begins a page behind the VMA.
+    made_up.memory.put(LEAF + 8, word(START + 4096 - 1))
+    found = made_up.check(moves=False).findings
+    assert {"VMA-TREE", "AVC-IN-TREE"} <= {finding.id for finding in found}
+    assert "does not have, and nobody is at work" in " ".join(finding.message for finding in found)
+
+
+def test_nothing_of_other_processes_is_kept_with_one():
+    made_up = Process()
+    detached(made_up, MM)
+    records = ProcessChecker(made_up.memory.prog, LAYOUT, moves=False).read(MM).records
+    before = [dict(table) for table in (records.vmas, records.avcs, records.anon_vmas, records.chains)]
+    family = FamilyReader(LAYOUT, records).read(ANON_VMA, [VMA])
+    assert len(family.vmas) == len(family.chains) == len(family.trees[ANON_VMA].links) == 2
+    assert [records.vmas, records.avcs, records.anon_vmas, records.chains] == before
+    # It is the same by itself.
+    assert family == read_family(made_up.memory.prog, LAYOUT, ANON_VMA, [VMA])
 
 
 def test_tree_that_leads_nowhere_ends():

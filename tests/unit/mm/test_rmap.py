@@ -11,7 +11,7 @@ NEXT = LAYOUT.avc.offset("same_vma_next")
 FIRST, SECOND = 0xFFFF888000002000, 0xFFFF888000003000
 
 
-def chain(first_next, second_prev=FIRST + NEXT, tail=SECOND + NEXT, head=FIRST + NEXT):
+def records(first_next, second_prev=FIRST + NEXT, tail=SECOND + NEXT, head=FIRST + NEXT):
     memory = Memory()
     memory.put_struct(LAYOUT.vma, VMA, {"chain_next": head, "chain_prev": tail})
     memory.put_struct(
@@ -24,7 +24,11 @@ def chain(first_next, second_prev=FIRST + NEXT, tail=SECOND + NEXT, head=FIRST +
         SECOND,
         {"vma": VMA, "anon_vma": 0xB0, "same_vma_next": HEAD, "same_vma_prev": second_prev},
     )
-    return Records(memory.prog, LAYOUT).chains[VMA]
+    return Records(memory.prog, LAYOUT)
+
+
+def chain(*arguments, **more):
+    return records(*arguments, **more).chains[VMA]
 
 
 def test_sound_chain():
@@ -56,3 +60,14 @@ def test_damaged_chain_ends_with_a_reason(arguments, words, links):
     found = chain(**arguments)
     assert words in found.broken
     assert len(found.links) == links
+
+
+def test_what_was_read_since_a_mark_can_be_dropped():
+    known = records(SECOND + NEXT)
+    vma = known.vmas[VMA]
+    mark = known.mark()
+    before = known.chains[VMA]
+    assert set(known.avcs) == {FIRST, SECOND}
+    known.release(mark)
+    assert (known.vmas, known.avcs, known.chains, known.anon_vmas) == ({VMA: vma}, {}, {}, {})
+    assert known.chains[VMA] == before

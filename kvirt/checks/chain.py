@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-from kvirt.checks.registry import Violation, VmaContext, vma_check
+from kvirt.checks.registry import VmaContext, VmaViolations, vma_check
 from kvirt.findings import Severity
 
 
@@ -17,23 +17,24 @@ from kvirt.findings import Severity
     relied_on="unlink_anon_vmas(), mm/rmap.c",
     faulting=True,
 )
-def avc_empty(context: VmaContext) -> Iterator[Violation]:
+def avc_empty(contexts: Sequence[VmaContext]) -> VmaViolations:
     """The pointer and the list say the same.
 
     Transient while the anon_vma is locked for write: a first fault sets the pointer before it fills the
     chain (mm/rmap.c: __anon_vma_prepare()).
     """
-    vma = context.vma
-    if context.chain.broken and not context.chain.links:
-        return
-    if vma.anon_vma and not context.chain.links:
-        yield Violation("the VMA has an anon_vma, and its chain is empty", actual=vma.anon_vma)
-    if not vma.anon_vma and context.chain.links:
-        yield Violation(
-            f"the VMA has no anon_vma, and its chain has {len(context.chain.links)} links",
-            expected=context.chain.links[0].anon_vma,
-            actual=0,
-        )
+    for context in contexts:
+        vma, links = context.vma, context.chain.links
+        if bool(vma.anon_vma) == bool(links) or (context.chain.broken and not links):
+            continue
+        if links:
+            yield context.violation(
+                f"the VMA has no anon_vma, and its chain has {len(links)} links",
+                expected=links[0].anon_vma,
+                actual=0,
+            )
+        else:
+            yield context.violation("the VMA has an anon_vma, and its chain is empty", actual=vma.anon_vma)
 
 
 @vma_check(
@@ -44,34 +45,34 @@ def avc_empty(context: VmaContext) -> Iterator[Violation]:
     relied_on="rmap_walk_anon(), anon_vma_clone() and unlink_anon_vmas(), mm/rmap.c",
     faulting=True,
 )
-def avc_self(context: VmaContext) -> Iterator[Violation]:
+def avc_self(contexts: Sequence[VmaContext]) -> VmaViolations:
     """The chain is this VMA's own, and sound.
 
     A chain that runs in a loop, or leads to memory that cannot be read, is reported here.
     """
-    vma, chain = context.vma, context.chain
-    anon_vmas = context.space.anon_vmas
-    if chain.broken is not None:
-        yield Violation(f"the chain cannot be followed to its end: {chain.broken}")
-    for link in chain.links:
-        if link.vma != vma.address:
-            yield Violation(
-                f"the link at {link.address:#x} belongs to another VMA",
-                expected=vma.address,
-                actual=link.vma,
-            )
-        elif link.anon_vma not in anon_vmas:
-            yield Violation(
-                f"the link at {link.address:#x} points to an anon_vma that cannot be read",
-                actual=link.anon_vma,
-            )
-    if len(chain.anon_vmas()) < len(chain.links):
-        for anon_vma, count in Counter(link.anon_vma for link in chain.links).items():
-            if count > 1:
-                yield Violation(f"the chain has the same anon_vma {count} times", actual=anon_vma)
-    whole = chain.broken is None and chain.links and vma.anon_vma
-    if whole and vma.anon_vma not in context.chain.anon_vmas():
-        yield Violation("the VMA's own anon_vma is not in its chain", actual=vma.anon_vma)
+    for context in contexts:
+        vma, chain, anon_vmas = context.vma, context.chain, context.space.anon_vmas
+        if chain.broken is not None:
+            yield context.violation(f"the chain cannot be followed to its end: {chain.broken}")
+        for link in chain.links:
+            if link.vma != vma.address:
+                yield context.violation(
+                    f"the link at {link.address:#x} belongs to another VMA",
+                    expected=vma.address,
+                    actual=link.vma,
+                )
+            elif link.anon_vma not in anon_vmas:
+                yield context.violation(
+                    f"the link at {link.address:#x} points to an anon_vma that cannot be read",
+                    actual=link.anon_vma,
+                )
+        if len(chain.anon_vmas()) < len(chain.links):
+            for anon_vma, count in Counter(link.anon_vma for link in chain.links).items():
+                if count > 1:
+                    yield context.violation(f"the chain has the same anon_vma {count} times", actual=anon_vma)
+        whole = chain.broken is None and chain.links and vma.anon_vma
+        if whole and vma.anon_vma not in chain.anon_vmas():
+            yield context.violation("the VMA's own anon_vma is not in its chain", actual=vma.anon_vma)
 
 
 @vma_check(
@@ -80,27 +81,26 @@ def avc_self(context: VmaContext) -> Iterator[Violation]:
     says="All anon_vmas of a VMA's chain have the same root, which is its own root.",
     relied_on="anon_vma_lock_*(), which lock the root alone, include/linux/rmap.h",
 )
-def anon_vma_root(context: VmaContext) -> Iterator[Violation]:
+def anon_vma_root(contexts: Sequence[VmaContext]) -> VmaViolations:
     """One root over the whole chain."""
-    own = context.anon_vma(context.vma.anon_vma)
-    if own is None or context.chain.broken is not None:
-        return
-    others = [context.space.anon_vmas.get(address, own) for address in context.chain.anon_vmas()]
-    for other in sorted(other for other in others if other.root != own.root):
-        yield Violation(
-            f"the anon_vma {other.address:#x} of the chain has another root than the VMA's own",
-            expected=own.root,
-            actual=other.root,
-        )
-    root = context.anon_vma(own.root)
-    if root is None:
-        yield Violation(f"the root of the VMA's anon_vma {own.address:#x} cannot be read", actual=own.root)
-    elif root.root != root.address:
-        yield Violation(
-            f"the root {root.address:#x} is not its own root",
-            expected=root.address,
-            actual=root.root,
-        )
+    for context in contexts:
+        own = context.anon_vma(context.vma.anon_vma)
+        if own is None or context.chain.broken is not None:
+            continue
+        others = [context.space.anon_vmas.get(address, own) for address in context.chain.anon_vmas()]
+        for other in sorted([other for other in others if other.root != own.root]):
+            yield context.violation(
+                f"the anon_vma {other.address:#x} of the chain has another root than the VMA's own",
+                expected=own.root,
+                actual=other.root,
+            )
+        root = context.anon_vma(own.root)
+        if root is None:
+            why = f"the root of the VMA's anon_vma {own.address:#x} cannot be read"
+            yield context.violation(why, actual=own.root)
+        elif root.root != root.address:
+            why = f"the root {root.address:#x} is not its own root"
+            yield context.violation(why, expected=root.address, actual=root.root)
 
 
 @vma_check(
@@ -109,13 +109,14 @@ def anon_vma_root(context: VmaContext) -> Iterator[Violation]:
     says="The root of a VMA's anon_vma is in its chain.",
     relied_on="__folio_set_anon(), which puts shared folios on the root, mm/rmap.c",
 )
-def root_in_chain(context: VmaContext) -> Iterator[Violation]:
+def root_in_chain(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Whoever has a descendant has the root."""
-    own = context.anon_vma(context.vma.anon_vma)
-    if own is None or context.chain.broken is not None or not context.chain.links:
-        return
-    if own.root not in context.chain.anon_vmas():
-        yield Violation("the root of the VMA's anon_vma is not in its chain", expected=own.root)
+    for context in contexts:
+        chain, own = context.chain, context.anon_vma(context.vma.anon_vma)
+        if own is None or chain.broken is not None or not chain.links:
+            continue
+        if own.root not in chain.anon_vmas():
+            yield context.violation("the root of the VMA's anon_vma is not in its chain", expected=own.root)
 
 
 @vma_check(
@@ -124,14 +125,15 @@ def root_in_chain(context: VmaContext) -> Iterator[Violation]:
     says="The parent of each anon_vma in a VMA's chain is in the chain too.",
     relied_on="unlink_anon_vmas(), which counts children down in the parent, mm/rmap.c",
 )
-def parent_in_chain(context: VmaContext) -> Iterator[Violation]:
+def parent_in_chain(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Nothing else keeps the parent alive."""
-    if context.chain.broken is not None:
-        return
-    members = context.chain.anon_vmas()
-    anon_vmas = [context.space.anon_vmas[a] for a in members if a in context.space.anon_vmas]
-    for anon_vma in sorted(one for one in anon_vmas if one.parent not in members):
-        yield Violation(
-            f"the parent of the chain's anon_vma {anon_vma.address:#x} is not in the chain",
-            actual=anon_vma.parent,
-        )
+    for context in contexts:
+        if context.chain.broken is not None:
+            continue
+        members, known = context.chain.anon_vmas(), context.space.anon_vmas
+        anon_vmas = [known[address] for address in members if address in known]
+        for anon_vma in sorted([one for one in anon_vmas if one.parent not in members]):
+            yield context.violation(
+                f"the parent of the chain's anon_vma {anon_vma.address:#x} is not in the chain",
+                actual=anon_vma.parent,
+            )

@@ -19,6 +19,7 @@ from kvirt.checks.registry import (
     PageViolations,
     Violation,
     VmaContext,
+    VmaRun,
     VmaTable,
     all_checks,
 )
@@ -36,6 +37,9 @@ from kvirt.tasks import for_each_process
 # Entries of one process that are remembered one by one when they look wrong. Bounds memory when
 # everything is wrong.
 HITS_MAX = 1 << 16
+
+# VMAs that each check looks at in one go.
+_VMAS_AT_ONCE = 1 << 12
 
 _Key = tuple[str, int, int]
 
@@ -259,35 +263,45 @@ class ProcessChecker:
 
     def _check_space(self, into: _Pass) -> None:
         space = into.space
-
-        def note(check: Check, at: int, context: VmaContext | None, found: list[Violation]) -> None:
-            # Numbered at each place, so that another's coming or going does not rename it.
-            numbers: Counter[int] = Counter()
-            for violation in found:
-                where = at or violation.address or 0
-                into.violations[check.id, where, numbers[where]] = (check, context, violation)
-                numbers[where] += 1
-
-        files = FileTrees(self.prog, self.layout, moves=self.moves)
+        found: list[tuple[Check, VmaContext | None, Violation]] = []
         for check, whole in self._mm_checks:
-            note(check, 0, None, list(whole(space)))
-        for entry in space.entries:
-            vma = entry.vma
-            if vma.vm_mm != space.address:
-                # VMA-TREE has its say on it; while a fork copies the tree it is the parent's VMA.
-                continue
-            context = VmaContext(space, vma, entry.first, entry.last, space.chains[vma.address], files)
+            found += [(check, None, violation) for violation in whole(space)]
+        files = FileTrees(self.prog, self.layout, moves=self.moves)
+        for at in range(0, len(space.entries), _VMAS_AT_ONCE):
+            contexts = [
+                VmaContext(space, entry.vma, entry.first, space.chains[entry.vma.address], files)
+                for entry in space.entries[at : at + _VMAS_AT_ONCE]
+                # VMA-TREE has its say on others; while a fork copies the tree they are the parent's.
+                if entry.vma.vm_mm == space.address
+            ]
+            wrong: list[tuple[Check, VmaContext, Violation]] = []
             for check, run in self._vma_checks:
-                try:
-                    found = list(run(context))
-                except drgn.FaultError as error:
-                    if not is_filtered(error):
-                        raise
-                    into.filtered += 1
-                    continue
-                # Of tens of thousands nothing is found.
-                if found:
-                    note(check, vma.address, context, found)
+                for context, violation in self._objections(run, contexts, into):
+                    wrong.append((check, context, violation))
+            # By VMA, and not by check.
+            wrong.sort(key=lambda one: one[1].first)
+            found += wrong
+        # Numbered at each place, so that another's coming or going does not rename it.
+        numbers: Counter[tuple[str, int, int]] = Counter()
+        for check, about, violation in found:
+            where = violation.address or 0 if about is None else about.vma.address
+            place = check.id, where, 0 if about is None else about.first
+            into.violations[check.id, where, numbers[place]] = (check, about, violation)
+            numbers[place] += 1
+
+    def _objections(
+        self, run: VmaRun, contexts: list[VmaContext], into: _Pass
+    ) -> list[tuple[VmaContext, Violation]]:
+        """What a check objects to in some VMAs, but for those of which the dump lacks a part."""
+        try:
+            return list(run(contexts))
+        except drgn.FaultError as error:
+            if not is_filtered(error):
+                raise
+        if len(contexts) > 1:
+            return [one for context in contexts for one in self._objections(run, [context], into)]
+        into.filtered += 1
+        return []
 
     def _check_pages(
         self,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -41,15 +41,14 @@ class Violation:
     """The VMA that it is about, where the check was not asked about one VMA."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class VmaContext:
-    """One VMA with its entry in the maple tree and its chain."""
+    """One VMA with its chain. Not to be changed."""
 
     space: AddressSpace
     vma: Vma
     first: int
-    last: int
-    """The entry's range in the maple tree, both included."""
+    """First address of its entry in the maple tree."""
     chain: Chain
     file_trees: FileTrees
 
@@ -59,14 +58,20 @@ class VmaContext:
         file = self.space.file(self.vma)
         return None if file is None else self.file_trees.place(self.vma, file.f_mapping)
 
-    @property
-    def layout(self) -> Layout:
-        """The kernel's layout."""
-        return self.vma.layout
-
     def anon_vma(self, address: int) -> AnonVma | None:
         """An anon_vma that was read with the process, None if it could not be."""
         return self.space.anon_vmas.get(address)
+
+    def violation(
+        self,
+        message: str,
+        *,
+        expected: int | None = None,
+        actual: int | None = None,
+        severity: Severity | None = None,
+    ) -> tuple[VmaContext, Violation]:
+        """What a check objects to in this VMA."""
+        return self, Violation(message, expected, actual, severity=severity)
 
 
 # Pages of one VMA that are worth a look of their own.
@@ -306,7 +311,9 @@ class PageViolations:
 
 
 MmRun = Callable[[AddressSpace], Iterator[Violation]]
-VmaRun = Callable[[VmaContext], Iterator[Violation]]
+# A check looks at many VMAs in one go: a call for each takes longer than to look at it.
+VmaViolations = Iterator[tuple[VmaContext, Violation]]
+VmaRun = Callable[[Sequence[VmaContext]], VmaViolations]
 PageRun = Callable[[PageBatch], PageViolations]
 FamilyRun = Callable[[Family], Iterator[Violation]]
 EntryRun = Callable[[EntryBatch], PageViolations]
@@ -409,7 +416,7 @@ def vma_check(
     applies: Callable[[Layout], bool] = _always,
     faulting: bool = False,
 ) -> Callable[[VmaRun], VmaRun]:
-    """Register an invariant of one VMA.
+    """Register an invariant of one VMA: a function that is given many, and says which it objects to.
 
     :param faulting: whether the first fault in a VMA breaks it for a moment
     """

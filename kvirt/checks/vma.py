@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from kvirt.checks.registry import Violation, VmaContext, mm_check, vma_check
+from kvirt.checks.registry import Violation, VmaContext, VmaViolations, mm_check, vma_check
 from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
@@ -89,21 +89,22 @@ def vma_tree(space: AddressSpace) -> Iterator[Violation]:
     relied_on="vma_merge and the coming look-up by folio->index; vma_set_range(), mm/vma.c",
     applies=_two_offsets,
 )
-def vma_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
+def vma_unfaulted_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Unfaulted is in place.
 
     A warning, not an error, where no file is mapped: a child of fork() is born so if its parent had
     faulted, moved and then marked the mapping MADV_WIPEONFORK (mm/mmap.c: dup_mmap()).
     """
-    vma = context.vma
-    if vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
-        yield Violation(
-            "no anonymous page was ever faulted in, and yet the anonymous offset is "
-            f"{displacement(vma):+d} pages from the address",
-            expected=vma.vm_start >> vma.layout.page_shift,
-            actual=vma.anon_pgoff,
-            severity=Severity.WARNING if vma.vm_file == 0 else None,
-        )
+    for context in contexts:
+        vma = context.vma
+        if vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
+            yield context.violation(
+                "no anonymous page was ever faulted in, and yet the anonymous offset is "
+                f"{displacement(vma):+d} pages from the address",
+                expected=vma.vm_start >> vma.layout.page_shift,
+                actual=vma.anon_pgoff,
+                severity=Severity.WARNING if vma.vm_file == 0 else None,
+            )
 
 
 @vma_check(
@@ -114,21 +115,22 @@ def vma_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
     # With two offsets VMA-UNFAULTED-PGOFF and VMA-PURE-ANON-PGOFF say the same, and more.
     applies=_one_offset,
 )
-def leg_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
+def leg_unfaulted_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Unfaulted is in place, on kernels with one offset.
 
     For information only on kernels whose mremap(MREMAP_DONTUNMAP) leaves the emptied source as it was
     (6.12, mm/mremap.c).
     """
-    vma = context.vma
-    if vma_is_pure_anon(vma) and vma.anon_vma == 0 and not context.chain.links and displacement(vma) != 0:
-        yield Violation(
-            "no anonymous page was ever faulted in, and yet vm_pgoff is "
-            f"{displacement(vma):+d} pages from the address",
-            expected=vma.vm_start >> vma.layout.page_shift,
-            actual=vma.vm_pgoff,
-            severity=None if vma.layout.dontunmap_resets_pgoff else Severity.INFO,
-        )
+    for context in contexts:
+        vma = context.vma
+        if vma.anon_vma == 0 and not context.chain.links and vma_is_pure_anon(vma) and displacement(vma) != 0:
+            yield context.violation(
+                "no anonymous page was ever faulted in, and yet vm_pgoff is "
+                f"{displacement(vma):+d} pages from the address",
+                expected=vma.vm_start >> vma.layout.page_shift,
+                actual=vma.vm_pgoff,
+                severity=None if vma.layout.dontunmap_resets_pgoff else Severity.INFO,
+            )
 
 
 @vma_check(
@@ -138,15 +140,16 @@ def leg_unfaulted_pgoff(context: VmaContext) -> Iterator[Violation]:
     relied_on="linear_anon_page_index(), include/linux/pagemap.h; can_vma_merge_*(), mm/vma.c",
     applies=_two_offsets,
 )
-def vma_pure_anon_pgoff(context: VmaContext) -> Iterator[Violation]:
+def vma_pure_anon_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Both offsets of pure anonymous memory agree."""
-    vma = context.vma
-    if vma_is_pure_anon(vma) and vma.anon_pgoff != vma.vm_pgoff:
-        yield Violation(
-            "vm_pgoff and the anonymous offset differ, though no file is mapped",
-            expected=vma.vm_pgoff,
-            actual=vma.anon_pgoff,
-        )
+    for context in contexts:
+        vma = context.vma
+        if vma.anon_pgoff != vma.vm_pgoff and vma_is_pure_anon(vma):
+            yield context.violation(
+                "vm_pgoff and the anonymous offset differ, though no file is mapped",
+                expected=vma.vm_pgoff,
+                actual=vma.anon_pgoff,
+            )
 
 
 @vma_check(
@@ -156,16 +159,17 @@ def vma_pure_anon_pgoff(context: VmaContext) -> Iterator[Violation]:
     relied_on="the anon_vma interval trees, mm/interval_tree.c",
     applies=_two_offsets,
 )
-def vma_no_wrap(context: VmaContext) -> Iterator[Violation]:
+def vma_no_wrap(contexts: Sequence[VmaContext]) -> VmaViolations:
     """The range of offsets is one that addresses can have."""
-    vma = context.vma
-    limit = 1 << (64 - vma.layout.page_shift)
-    if vma.anon_pgoff + vma_pages(vma) > limit:
-        yield Violation(
-            f"the anonymous offset and {vma_pages(vma)} pages reach past the last possible offset",
-            expected=limit - vma_pages(vma),
-            actual=vma.anon_pgoff,
-        )
+    for context in contexts:
+        vma = context.vma
+        pages, limit = vma_pages(vma), 1 << (64 - vma.layout.page_shift)
+        if vma.anon_pgoff + pages > limit:
+            yield context.violation(
+                f"the anonymous offset and {pages} pages reach past the last possible offset",
+                expected=limit - pages,
+                actual=vma.anon_pgoff,
+            )
 
 
 @vma_check(
@@ -174,19 +178,20 @@ def vma_no_wrap(context: VmaContext) -> Iterator[Violation]:
     says="A VMA in which nothing can be copied on write has no anon_vma.",
     relied_on="vma_anon_address(), mm/internal.h",
 )
-def anonvma_in_noncow(context: VmaContext) -> Iterator[Violation]:
+def anonvma_in_noncow(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Nothing to find by rmap, no anon_vma.
 
     A warning, not an error: UFFDIO_COPY prepares an anon_vma before it looks whether the mapping is one
     that it may fill (mm/userfaultfd.c).
     """
-    vma = context.vma
-    if vma.anon_vma and not vma_is_cow_mapping(vma):
-        yield Violation(
-            "the VMA has an anon_vma, though nothing in it can be copied on write",
-            expected=0,
-            actual=vma.anon_vma,
-        )
+    for context in contexts:
+        vma = context.vma
+        if vma.anon_vma and not vma_is_cow_mapping(vma):
+            yield context.violation(
+                "the VMA has an anon_vma, though nothing in it can be copied on write",
+                expected=0,
+                actual=vma.anon_vma,
+            )
 
 
 @vma_check(
@@ -195,23 +200,26 @@ def anonvma_in_noncow(context: VmaContext) -> Iterator[Violation]:
     says="The page offsets of a hugetlb VMA are multiples of its huge page.",
     relied_on="hugetlb_linear_page_index(), include/linux/hugetlb.h",
 )
-def hugetlb_align(context: VmaContext) -> Iterator[Violation]:
+def hugetlb_align(contexts: Sequence[VmaContext]) -> VmaViolations:
     """No huge page begins within another.
 
     Both offsets, where there are two.
     """
-    vma = context.vma
-    file = context.space.file(vma)
-    if not vma.flag("HUGETLB") or file is None:
-        return
-    pages = 1 << max(file.blkbits - vma.layout.page_shift, 0)
-    offsets = {"vm_pgoff": vma.vm_pgoff}
-    if vma.layout.scheme is not Scheme.LEGACY:
-        offsets["the anonymous offset"] = vma.anon_pgoff
-    for name, offset in offsets.items():
-        if offset % pages:
-            yield Violation(
-                f"{name} is not a multiple of the {pages} pages of a huge page",
-                expected=offset - offset % pages,
-                actual=offset,
-            )
+    for context in contexts:
+        vma = context.vma
+        if not vma.flag("HUGETLB"):
+            continue
+        file = context.space.file(vma)
+        if file is None:
+            continue
+        pages = 1 << max(file.blkbits - vma.layout.page_shift, 0)
+        offsets = {"vm_pgoff": vma.vm_pgoff}
+        if vma.layout.scheme is not Scheme.LEGACY:
+            offsets["the anonymous offset"] = vma.anon_pgoff
+        for name, offset in offsets.items():
+            if offset % pages:
+                yield context.violation(
+                    f"{name} is not a multiple of the {pages} pages of a huge page",
+                    expected=offset - offset % pages,
+                    actual=offset,
+                )

@@ -3,10 +3,12 @@
 
 from functools import partial
 
+import drgn
 import pytest
 
 from kvirt.checks import patience, process
 from kvirt.checks.process import ProcessChecker
+from kvirt.checks.registry import VmaContext
 from kvirt.findings import Severity
 from kvirt.mm.pagetable import absent_entry
 from tests.unit.fake import SWAP_INFO, SWAP_TABLES, VMEMMAP, Memory, make_layout
@@ -510,3 +512,42 @@ def test_link_without_anon_vma():
     )
     [finding] = made_up.check(moves=False).findings
     assert (finding.id, finding.severity, finding.actual) == ("AVC-SELF", Severity.ERROR, 0)
+
+
+def test_part_of_a_tree_that_the_dump_lacks_costs_other_vmas_no_check():
+    made_up = Process()
+    checker = ProcessChecker(made_up.memory.prog, LAYOUT, moves=False)
+    into = process._Pass(checker.read(MM))
+    [entry] = into.space.entries
+    lacking, first, second = (
+        VmaContext(into.space, entry.vma, at, into.space.chains[VMA], None) for at in range(3)
+    )
+
+    def run(contexts):
+        for context in contexts:
+            if context is lacking:
+                raise drgn.FaultError("Excluded page", 0)
+            yield context.violation("wrong")
+
+    found = checker._objections(run, [first, lacking, second], into)
+    assert [(context.first, violation.message) for context, violation in found] == [
+        (1, "wrong"),
+        (2, "wrong"),
+    ]
+    assert into.filtered == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_every_vma_is_looked_at_however_many_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(process, "_VMAS_AT_ONCE", at_once)
+    made_up = Process()
+    second, start = 0xFFFF888000060000, START + PAGES * 4096
+    head = second + LAYOUT.vma.offset("chain_next")
+    displaced = {"vm_start": start, "vm_end": start + 4096, "vm_mm": MM, "vm_flags": 0x73}
+    made_up.memory.put_struct(LAYOUT.vma, second, {**displaced, "chain_next": head, "chain_prev": head})
+    words = leaf()
+    words[3:5], words[18], words[31] = [start + 4095, MAX], second, 3
+    made_up.memory.put_words(LEAF, words)
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "map_count": 2})
+    [finding] = made_up.check(moves=False).findings
+    assert (finding.id, finding.vma) == ("VMA-UNFAULTED-PGOFF", (start, start + 4096))

@@ -363,7 +363,7 @@ class Layout:
             }
         )
 
-    @property
+    @cached_property
     def page_shift(self) -> int:
         """``PAGE_SHIFT``"""
         return self.pgtable.page_shift

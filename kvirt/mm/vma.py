@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
 import drgn
 
-from kvirt.layout import Layout, layout_of
+from kvirt.layout import Layout, StructLayout, Values, layout_of
 from kvirt.snapshot import Readable
 
 _ULONG_MAX = (1 << 64) - 1
@@ -70,24 +71,35 @@ _MEMBERS = (
 )
 
 
+@lru_cache(maxsize=4)
+def _decoder(
+    how: StructLayout,
+) -> tuple[Values, Callable[[tuple[object, ...]], tuple[object, ...]], int, int]:
+    """How to take a VMA apart, found once a kernel.
+
+    :return: a function that takes members out of its bytes; one that picks those of a :class:`Vma` out of
+        layout, address, 0, these members, and ``anon_pgoff``; where in the members that has its halves
+    """
+    halves = ("anon_pgoff_lo", "anon_pgoff_hi") if "anon_pgoff_lo" in how else ("vm_pgoff", "vm_pgoff")
+    members = [name for name in {*_MEMBERS, *halves, "anon_name"} if name in how]
+    # In order of their offsets they need no sorting.
+    members.sort(key=how.offset)
+    at = {name: 3 + index for index, name in enumerate(members)}
+    # A VMA that cannot have a name has 0.
+    places = {"layout": 0, "address": 1, "anon_name": 2, **at, "anon_pgoff": 3 + len(members)}
+    if "anon_pgoff_lo" not in how:
+        places["anon_pgoff"] = at["vm_pgoff"]
+    low, high = (members.index(name) for name in halves)
+    return how.getter(tuple(members)), itemgetter(*(places[name] for name in Vma._fields)), low, high
+
+
 def vma_reader(memory: Readable, layout: Layout) -> Callable[[int], Vma]:
     """A function that reads the VMA at an address, with one read, so that as little as possible is torn.
 
     It raises :class:`drgn.FaultError` if the ``struct vm_area_struct`` cannot be read.
     """
-    how = layout.vma
-    halves = ("anon_pgoff_lo", "anon_pgoff_hi") if "anon_pgoff_lo" in how else ()
-    members = [name for name in (*_MEMBERS, *halves, "anon_name") if name in how]
-    # In order of their offsets they need no sorting.
-    members.sort(key=how.offset)
-    get, size = how.getter(tuple(members)), how.size
-    at = {name: 3 + index for index, name in enumerate(members)}
-    # Besides the members there are the layout, the address, and what a VMA without a name has as one.
-    named = {"layout": 0, "address": 1, "anon_pgoff": len(members) + 3, "anon_name": 2, **at}
-    if not halves:
-        named["anon_pgoff"] = at["vm_pgoff"]
-    pick = itemgetter(*(named[name] for name in Vma._fields))
-    low, high = (at[name] - 3 for name in halves) if halves else (0, 0)
+    size = layout.vma.size
+    get, pick, low, high = _decoder(layout.vma)
 
     def read(address: int) -> Vma:
         values = get(memory.read(address, size))
@@ -182,17 +194,18 @@ def vma_kind(vma: Vma, start_stack: int = 0) -> VmaKind:
 
     :param start_stack: ``mm->start_stack``, 0 if not known
     """
+    flags, vm = vma.vm_flags, vma.layout.vm
     # The order matters: a hugetlb mapping has a file, a stack has none.
-    if vma.flag("HUGETLB"):
+    if flags & vm["HUGETLB"]:
         return VmaKind.HUGETLB
     if vma_is_pure_anon(vma):
-        if vma.flag("GROWSDOWN") or vma.vm_start <= start_stack < vma.vm_end:
+        if flags & vm["GROWSDOWN"] or vma.vm_start <= start_stack < vma.vm_end:
             return VmaKind.STACK
         return VmaKind.ANON
-    if vma.flag("PFNMAP") or vma.flag("IO") or vma.vm_file == 0:
+    if flags & (vm["PFNMAP"] | vm["IO"]) or vma.vm_file == 0:
         return VmaKind.SPECIAL
     if vma_is_anonymous(vma):
         return VmaKind.DEVZERO
-    if not vma.flag("MAYSHARE"):
+    if not flags & vm["MAYSHARE"]:
         return VmaKind.FILE_PRIVATE
     return VmaKind.SHMEM if vma.vm_ops in vma.layout.shmem_ops else VmaKind.FILE_SHARED

@@ -57,9 +57,9 @@ def file_tree_key(contexts: Sequence[VmaContext]) -> VmaViolations:
                 actual=place.root.leftmost,
                 severity=_transient(place),
             )
-        if place.before is not None and place.before.vm_pgoff > vma.vm_pgoff:
+        if place.before is not None and place.before > vma.vm_pgoff:
             yield context.violation(
-                f"in the tree of the file's mappings a VMA at the offset {place.before.vm_pgoff:#x} comes "
+                f"in the tree of the file's mappings a VMA at the offset {place.before:#x} comes "
                 f"before this one at {vma.vm_pgoff:#x}",
                 severity=_transient(place),
             )

@@ -24,7 +24,7 @@ from kvirt.mm.interval_tree import (
     root_decoder,
     subtree_last,
 )
-from kvirt.mm.vma import Vma, vma_last_pgoff, vma_reader
+from kvirt.mm.vma import Vma, vma_last_pgoff
 from kvirt.snapshot import Snapshot, Table
 
 # While a kernel runs, a place that looks wrong is read so often until two readings are the same.
@@ -40,8 +40,8 @@ class FilePlace(NamedTuple):
     """Why the tree does not have it, if it does not."""
     first: bool = False
     """Whether no VMA comes before it in the tree's order."""
-    before: Vma | None = None
-    """The VMA that does; None if it cannot be told."""
+    before: int | None = None
+    """``vm_pgoff`` of the VMA that does; None if it cannot be told."""
     subtree_last: int | None = None
     """What ``rb_subtree_last`` should be; None if that cannot be told."""
     stray: str | None = None
@@ -57,7 +57,7 @@ class FilePlace(NamedTuple):
             return True
         if self.first:
             return self.root.leftmost != vma.address
-        return self.before is not None and self.before.vm_pgoff > vma.vm_pgoff
+        return self.before is not None and self.before > vma.vm_pgoff
 
 
 class FileTrees:
@@ -75,7 +75,8 @@ class FileTrees:
         self._read_anew()
 
     def _read_anew(self) -> None:
-        memory, layout, decode_root = Snapshot(self._prog), self._layout, self._root
+        memory = self._memory = Snapshot(self._prog)
+        layout, decode_root = self._layout, self._root
         how = layout.mapping
         get_count = how.getter(("rwsem_count",)) if "rwsem_count" in how else lambda data: (0,)
         i_mmap = how.offset("i_mmap")
@@ -86,7 +87,6 @@ class FileTrees:
 
         self._mappings = Table(read_mapping)
         self._node = Table(node_reader(memory, layout.file_tree)).__getitem__
-        self._vmas = Table(vma_reader(memory, layout))
 
     def place(self, vma: Vma, mapping: int) -> FilePlace:
         """Find a VMA in the tree.
@@ -136,7 +136,7 @@ class FileTrees:
             neighbour = rb_prev(read, address)
             first = neighbour == 0
             if neighbour:
-                before = self._vmas[neighbour]
+                before = self._layout.vma.read_member(self._memory, neighbour, "vm_pgoff")
         except (TreeError, drgn.FaultError):
             pass
         return FilePlace(node, root, None, first, before, last, stray, locked)

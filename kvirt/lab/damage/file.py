@@ -115,10 +115,10 @@ def _order(scene: Scene) -> Damaged:
     vma, place, _ = _place(
         scene,
         "VMA that comes after others of the same file",
-        lambda v, p: p.before is not None and p.before.vm_pgoff > 0 and not v.anon_vma,
+        lambda v, p: p.before is not None and p.before > 0 and not v.anon_vma,
     )
     assert place.before is not None
-    scene.set_vma(vma, "vm_pgoff", place.before.vm_pgoff - 1)
+    scene.set_vma(vma, "vm_pgoff", place.before - 1)
     return Damaged(
         "FILE-TREE-KEY",
         f"vm_pgoff at {vma.vm_start:#x} is less than that of the VMA before it in the file's tree",

@@ -83,8 +83,7 @@ def get_kernel(pattern, flavour, report):
         debug = f"linux-image-{best.release}-dbg"
         with built(target) as directory, tempfile.TemporaryDirectory(prefix="kvirt-arm64-") as scratch:
             for package in (*packages, debug):
-                with step(report, f"Downloading {package}", "kernel: downloading") as detail:
-                    file = suite.download(package, Path(scratch), detail)
+                file = suite.download(package, Path(scratch), report, "kernel")
                 if package == debug:
                     with step(report, "Unpacking vmlinux", "kernel: unpacking") as detail:
                         kernels.unpack_vmlinux(file, directory / "vmlinux", best.release, detail)
@@ -101,8 +100,7 @@ def get_python(report):
         suite.update()
         with built(target) as directory, tempfile.TemporaryDirectory(prefix="kvirt-arm64-") as scratch:
             for package in PYTHON:
-                with step(report, f"Downloading {package}", "python: downloading") as detail:
-                    apt.unpack(suite.download(package, Path(scratch), detail), directory)
+                apt.unpack(suite.download(package, Path(scratch), report, "python"), directory)
     return target
 
 

@@ -126,8 +126,7 @@ class Build:
         package = f"linux-source-{self._version}"
         self._suite.need(package)
         unpacked = self._scratch / "unpacked"
-        with step(self._report, f"Downloading {package}", "downloading") as detail:
-            file = self._suite.download(package, self._scratch / "download", detail)
+        file = self._suite.download(package, self._scratch / "download", self._report, "source")
         with step(self._report, f"Unpacking {package}", "unpacking"):
             apt.unpack(file, unpacked)
             [archive] = (unpacked / "usr" / "src").glob("linux-source-*.tar.*")

@@ -17,6 +17,7 @@ from pathlib import Path
 from kvirt.errors import KvirtError
 from kvirt.lab import host
 from kvirt.lab.cache import cache_dir
+from kvirt.lab.progress import Report, step
 
 SOURCES = Path("/etc/apt")
 # Names under which Debian's own archive has its main suites. Entries for other suites (security,
@@ -186,8 +187,15 @@ class Suite:
             raise KvirtError(f"apt knows no version of {package} in {self.name}: try again.")
         return match[1]
 
-    def download(self, package: str, directory: Path, detail: Callable[[str], None]) -> Path:
-        """Download a package into ``directory`` and return its file."""
+    def download(self, package: str, directory: Path, report: Report, what: str) -> Path:
+        """Download a package into ``directory`` and return its file.
+
+        :param what: it is for, in a word
+        """
+        with step(report, f"Downloading {package}", f"{what}: downloading") as detail:
+            return self._download(package, directory, detail)
+
+    def _download(self, package: str, directory: Path, detail: Callable[[str], None]) -> Path:
         argv = [host.program("apt-get"), *self._options(), "-q", "-o", "APT::Status-Fd=1"]
         # apt downloads into its working directory, under a name of its own choice.
         into = directory / package

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvirt.lab import apt
 from kvirt.lab.cache import built
-from kvirt.lab.progress import Report, step
+from kvirt.lab.progress import Report
 
 # Where a guest has them: /lib/modules/RELEASE/NAME. Compilers look into both.
 FLAVOUR, COMMON = "build", "source"
@@ -37,9 +37,7 @@ def fetch_headers(suite: apt.Suite, release: str, modules: Path, report: Report)
             continue
         with built(modules / name) as directory:
             scratch = directory / "download"
-            with step(report, f"Downloading {package}", "headers: downloading") as detail:
-                file = suite.download(package, scratch, detail)
-            apt.unpack(file, scratch)
+            apt.unpack(suite.download(package, scratch, report, "headers"), scratch)
             for entry in (scratch / "usr" / "src" / package).iterdir():
                 entry.rename(directory / entry.name)
             shutil.rmtree(scratch)

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvirt.errors import KvirtError
 from kvirt.lab import apt
 from kvirt.lab.cache import built
-from kvirt.lab.progress import Report, step
+from kvirt.lab.progress import Report
 
 SUITE, PACKAGE = "trixie", "busybox-static"
 NEEDED = ("virtio_pci", "virtiofs")
@@ -89,8 +89,7 @@ def build(modules: Path, target: Path, report: Report) -> None:
     if PACKAGE not in suite.names(PACKAGE):
         suite.update()
     with built(target.with_name("initramfs")) as scratch:
-        with step(report, f"Downloading {PACKAGE}", "initramfs: downloading") as detail:
-            apt.unpack(suite.download(PACKAGE, scratch / "download", detail), scratch / "files")
+        apt.unpack(suite.download(PACKAGE, scratch / "download", report, "initramfs"), scratch / "files")
         found = [path for path in (scratch / "files").rglob("busybox") if path.parent.name == "bin"]
         if not found:
             raise KvirtError(

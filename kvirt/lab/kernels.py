@@ -214,8 +214,7 @@ def _fetch(candidate: Candidate, report: Report) -> None:
         for package in packages:
             if package not in names:
                 continue  # Older kernels have the modules in the package of the image.
-            with step(report, f"Downloading {package}", "kernel: downloading") as detail:
-                files[package] = suite.download(package, download, detail)
+            files[package] = suite.download(package, download, report, "kernel")
         with step(report, f"Unpacking Linux {release}", "kernel: unpacking") as detail:
             debug = files.pop(packages[-1])
             for file in files.values():

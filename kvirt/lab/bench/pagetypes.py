@@ -35,8 +35,7 @@ def page_types(kernel: Kernel, report: Report) -> Path:
 def _build(suite: apt.Suite, package: str, directory: Path, report: Report) -> None:
     suite.need(package)
     scratch = directory / "scratch"
-    with step(report, f"Downloading {package}", "source: downloading") as detail:
-        file = suite.download(package, scratch, detail)
+    file = suite.download(package, scratch, report, "source")
     with step(report, f"Building {PROGRAM}", "source: building"):
         apt.unpack(file, scratch)
         [archive] = (scratch / "usr" / "src").glob("linux-source-*.tar.*")

@@ -106,3 +106,51 @@ def test_a_suite_is_fetched_whole_but_for_main_only(monkeypatch):
         "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie-backports\n"
         "Components: main\nSigned-By: /k.gpg\n"
     )
+
+
+APT_GET = """\
+#!/bin/sh
+# Called with options and `download PACKAGE`, in the directory that is to have it.
+echo dlstatus:1:12.5:Retrieving
+eval package=\\${$#}
+{EFFECT}
+"""
+
+
+@pytest.fixture
+def apt_get(tmp_path, monkeypatch):
+    """A suite, and an apt-get that does as a line of shell says."""
+    monkeypatch.setenv("KVIRT_CACHE", str(tmp_path / "cache"))
+
+    def make(effect):
+        program = tmp_path / "apt-get"
+        program.write_text(APT_GET.replace("{EFFECT}", effect))
+        program.chmod(0o755)
+        program_of = apt.host.program
+        monkeypatch.setattr(
+            apt.host, "program", lambda name: str(program) if name == "apt-get" else program_of(name)
+        )
+        return apt.Suite("trixie")
+
+    return make
+
+
+def test_a_download_is_announced_and_lands_where_it_is_wanted(apt_get, tmp_path):
+    said = []
+    made = apt_get("echo debian >$package'_1%3a2_all.deb'")
+    file = made.download("busybox", tmp_path / "into", said.append, "initramfs")
+    assert file == tmp_path / "into" / "busybox" / "busybox_1%3a2_all.deb"
+    assert file.read_text() == "debian\n"
+    assert said == ["Downloading busybox ..."]
+
+
+@pytest.mark.parametrize(
+    ("effect", "words"),
+    [
+        ("echo 'E: Unable to locate package' >&2; exit 100", "busybox .E: Unable to locate package"),
+        ("exit 0", "busybox .it does not say why"),
+    ],
+)
+def test_a_download_that_fails_says_why(apt_get, tmp_path, effect, words):
+    with pytest.raises(KvirtError, match=words):
+        apt_get(effect).download("busybox", tmp_path, lambda text: None, "initramfs")

@@ -6,7 +6,6 @@ workload runs. What kvirt reads of each region is compared with what the workloa
 """
 
 import json
-import re
 import socket
 import stat
 import subprocess
@@ -60,36 +59,6 @@ FORMATS = ("elf", "kdump-zlib")
 # Seconds for a guest that is emulated on a busy host, and its memory: hugetlb pages can be large.
 PATIENCE = 1200
 MEMORY = "4G"
-
-
-def get_kernel(pattern, flavour, report):
-    """Fetch a kernel: the directory with its vmlinuz, vmlinux and modules, and its release."""
-    name = re.compile(rf"linux-image-(\d[^-]*-?(?:\d+-)?{re.escape(flavour)})-dbg")
-    with step(report, f"Looking for Linux {pattern} for {flavour}", "kernel"):
-        for suite in (apt.Suite(suite, "arm64") for suite in kernels.SUITES):
-            suite.update()
-            found = [match[1] for match in map(name.fullmatch, suite.names("linux-image-")) if match]
-            best = kernels.newest(pattern, [kernels.Candidate(release, suite.name) for release in found])
-            if best is not None:
-                break
-        else:
-            raise KvirtError(f"Debian has no kernel {pattern} for {flavour}: name others.")
-    target = cache_dir() / "arm64" / best.release
-    if not target.exists():
-        names = suite.names("linux-")
-        packages = [form.format(best.release) for form in kernels.IMAGE_PACKAGES]
-        packages = [package for package in packages if package in names][:1]
-        packages += [package for package in (f"linux-modules-{best.release}",) if package in names]
-        debug = f"linux-image-{best.release}-dbg"
-        with built(target) as directory, tempfile.TemporaryDirectory(prefix="kvirt-arm64-") as scratch:
-            for package in (*packages, debug):
-                file = suite.download(package, Path(scratch), report, "kernel")
-                if package == debug:
-                    with step(report, "Unpacking vmlinux", "kernel: unpacking") as detail:
-                        kernels.unpack_vmlinux(file, directory / "vmlinux", best.release, detail)
-                else:
-                    kernels.unpack(file, directory, best.release)
-    return target
 
 
 def get_python(report):
@@ -146,10 +115,10 @@ def wait_for_document(qemu, path, console):
 
 def dump(kernel, python, cpu, directory, report):
     """Boot a guest and dump it: a core of each format, and what the workload in it says."""
-    (directory / "initramfs").write_bytes(archive(python, kernel / "modules"))
+    (directory / "initramfs").write_bytes(archive(python, kernel.modules))
     argv = [host.program("qemu-system-aarch64"), "-accel", "tcg,thread=multi", "-machine", "virt"]
     argv += ["-cpu", cpu, "-smp", "2", "-m", MEMORY, "-nodefaults", "-no-user-config", "-display", "none"]
-    argv += ["-no-reboot", "-device", "vmcoreinfo", "-kernel", kernel / "vmlinuz"]
+    argv += ["-no-reboot", "-device", "vmcoreinfo", "-kernel", kernel.image]
     argv += ["-initrd", directory / "initramfs", "-append", "console=ttyAMA0 panic=-1 rdinit=/init"]
     argv += ["-chardev", f"file,id=console,path={directory / 'console'}", "-serial", "chardev:console"]
     argv += ["-qmp", f"unix:{directory / 'qmp.sock'},server=on,wait=off", "-device", "virtio-serial-pci"]
@@ -224,10 +193,11 @@ def main(kernel, flavour, cpu):
     host.require_root("arm64")
     try:
         with locked("arm64"):
-            where, python = get_kernel(kernel, flavour, report), get_python(report)
+            python = get_python(report)
+        found = kernels.fetch_kernel(kernel, kernels.Flavour(flavour, "arm64"), report)
         with tempfile.TemporaryDirectory(prefix="kvirt-arm64-") as directory:
-            cores, workload = dump(where, python, cpu, Path(directory), report)
-            core, vmlinux = cores["elf"], where / "vmlinux"
+            cores, workload = dump(found, python, cpu, Path(directory), report)
+            core, vmlinux = cores["elf"], found.vmlinux
             done = check(core, vmlinux)
             click.echo(done.stdout, nl=False)
             number, wrong = compare(core, vmlinux, workload)

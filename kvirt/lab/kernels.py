@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +18,6 @@ from kvirt.lab import apt, defaults, headers, host, initramfs
 from kvirt.lab.cache import built, cache_dir, locked
 from kvirt.lab.progress import Report, silent, step
 
-# The cloud flavour has virtiofs and virtio-console built in, and the smallest debug package.
-FLAVOUR = "cloud-amd64"
 # In the order of trying; the first that has a match is used. The first is small and has the newest
 # kernels that were built for a release; the lists of the others are ten megabytes each.
 SUITES = ("trixie-backports", "trixie", "sid", "forky", "bookworm-backports", "bookworm")
@@ -31,6 +29,23 @@ IMAGE_PACKAGES = (
     "linux-image-{}",
     "linux-image-{}-unsigned",
 )
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the kernels that Debian builds of a version."""
+
+    name: str
+    architecture: str
+    """Debian's name of it."""
+
+    def has(self, release: str) -> bool:
+        """Whether a release is of this flavour: 7.3.4+deb13-cloud-amd64 is of none but cloud-amd64."""
+        return re.fullmatch(rf"\d[^-]*(-(rc)?\d+)*-{re.escape(self.name)}", release) is not None
+
+
+# The cloud flavour has virtiofs and virtio-console built in, and the smallest debug package.
+FLAVOUR = Flavour("cloud-amd64", "amd64")
 
 
 @dataclass(frozen=True)
@@ -104,10 +119,10 @@ def matches(pattern: str, version: str) -> bool:
     return version == pattern or re.match(re.escape(pattern) + r"(?![\d])", version) is not None
 
 
-def offered(names: Iterable[str]) -> list[str]:
-    """Pick the releases with debug information out of a suite's package names."""
-    pattern = re.compile(rf"linux-image-(\d.*{FLAVOUR})-dbg")
-    return [match[1] for match in map(pattern.fullmatch, names) if match is not None]
+def offered(names: Iterable[str], flavour: Flavour) -> list[str]:
+    """Pick a flavour's releases with debug information out of a suite's package names."""
+    found = map(re.compile("linux-image-(.*)-dbg").fullmatch, names)
+    return [match[1] for match in found if match is not None and flavour.has(match[1])]
 
 
 def newest(pattern: str, candidates: Iterable[Candidate]) -> Candidate | None:
@@ -121,33 +136,47 @@ def get_kernel(pattern: str = defaults.KERNEL, report: Report = silent, *, updat
 
     With ``update`` the mirror is asked for a newer one even if the cache has a match.
     """
-    cached = None if update else newest(pattern, _cached())
-    if cached is not None and _is_whole(cached.release):
-        return _load(cached)
+    found = None if update else newest(pattern, _cached(FLAVOUR))
+    if found is None or not _is_whole(found.release):
+        with locked("kernels"):
+            found = _get(pattern, FLAVOUR, report, update=update)
+            modules, early = _modules(found.release), _initramfs(found.release)
+            if not headers.has_headers(modules):
+                headers.fetch_headers(apt.Suite(found.suite), found.release, modules, report)
+            if early is not None and not early.exists():
+                initramfs.build(modules, early, report)
+    return replace(_load(found), initramfs=_initramfs(found.release))
+
+
+def fetch_kernel(pattern: str, flavour: Flavour, report: Report = silent) -> Kernel:
+    """Return the newest Debian kernel of a flavour that matches a version, without what guests here need.
+
+    It is fetched if it is not in the cache.
+    """
     with locked("kernels"):
-        # Another kvirt may have fetched it while this one waited.
-        cached = None if update else newest(pattern, _cached())
-        if cached is None:
-            cached = _find(pattern, report)
-            if not (_directory(cached.release) / "kernel.json").exists():
-                _fetch(cached, report)
-        modules = _modules(cached.release)
-        if not headers.has_headers(modules):
-            headers.fetch_headers(apt.Suite(cached.suite), cached.release, modules, report)
-        if initramfs.is_needed(modules) and not _initramfs(cached.release).exists():
-            initramfs.build(modules, _initramfs(cached.release), report)
-        return _load(cached)
+        return _load(_get(pattern, flavour, report, update=False))
+
+
+def _get(pattern: str, flavour: Flavour, report: Report, *, update: bool) -> Candidate:
+    """Find a kernel in the cache, or fetch it. Another kvirt may have done so while this one waited."""
+    found = None if update else newest(pattern, _cached(flavour))
+    if found is None:
+        found = _find(pattern, flavour, report)
+        if not (_directory(found.release) / "kernel.json").exists():
+            _fetch(found, flavour, report)
+    return found
 
 
 def _directory(release: str) -> Path:
     return cache_dir() / "kernels" / release
 
 
-def _cached() -> list[Candidate]:
+def _cached(flavour: Flavour) -> list[Candidate]:
     found = []
     for path in (cache_dir() / "kernels").glob("*/kernel.json"):
         document = json.loads(path.read_text())
-        found.append(Candidate(document["release"], document["suite"], document["version"]))
+        if flavour.has(document["release"]):
+            found.append(Candidate(document["release"], document["suite"], document["version"]))
     return found
 
 
@@ -155,25 +184,23 @@ def _modules(release: str) -> Path:
     return _directory(release) / "modules"
 
 
-def _initramfs(release: str) -> Path:
-    return _directory(release) / "initramfs.cpio"
+def _initramfs(release: str) -> Path | None:
+    """What a kernel starts with, which may have to be built yet; None if it starts without."""
+    return _directory(release) / "initramfs.cpio" if initramfs.is_needed(_modules(release)) else None
 
 
 def _is_whole(release: str) -> bool:
     """Whether everything that a kernel is booted with is in the cache."""
-    modules = _modules(release)
-    return headers.has_headers(modules) and (_initramfs(release).exists() or not initramfs.is_needed(modules))
+    early = _initramfs(release)
+    return headers.has_headers(_modules(release)) and (early is None or early.exists())
 
 
 def _load(found: Candidate) -> Kernel:
     directory, modules = _directory(found.release), _modules(found.release)
-    early = _initramfs(found.release) if initramfs.is_needed(modules) else None
-    return Kernel(
-        found.release, directory / "vmlinuz", directory / "vmlinux", modules, early, suite=found.suite
-    )
+    return Kernel(found.release, directory / "vmlinuz", directory / "vmlinux", modules, suite=found.suite)
 
 
-def _find(pattern: str, report: Report) -> Candidate:
+def _find(pattern: str, flavour: Flavour, report: Report) -> Candidate:
     if not re.match(r"\d", pattern):
         raise KvirtError(
             f"{pattern!r} is neither a kernel version such as {defaults.KERNEL} nor a file: name one of them."
@@ -181,10 +208,10 @@ def _find(pattern: str, report: Report) -> Candidate:
     with step(report, f"Looking for Linux {pattern} in Debian", "kernel") as detail:
         for name in SUITES:
             detail(name)
-            suite = apt.Suite(name)
+            suite = apt.Suite(name, flavour.architecture)
             suite.update()
             candidates = []
-            for release in offered(suite.names("linux-image-")):
+            for release in offered(suite.names("linux-image-"), flavour):
                 version = suite.version(f"linux-image-{release}-dbg")
                 candidates.append(Candidate(release, name, version))
             best = newest(pattern, candidates)
@@ -192,14 +219,14 @@ def _find(pattern: str, report: Report) -> Candidate:
                 report(f"Found Linux {best.release} ({best.version}) in {name}")
                 return best
     raise KvirtError(
-        f"No {FLAVOUR} kernel {pattern} with debug information is in Debian's {', '.join(SUITES)}: "
+        f"No {flavour.name} kernel {pattern} with debug information is in Debian's {', '.join(SUITES)}: "
         "name another version, or give your own with --kernel bzImage --vmlinux vmlinux."
     )
 
 
-def _fetch(candidate: Candidate, report: Report) -> None:
+def _fetch(candidate: Candidate, flavour: Flavour, report: Report) -> None:
     release = candidate.release
-    suite = apt.Suite(candidate.suite)
+    suite = apt.Suite(candidate.suite, flavour.architecture)
     names = set(suite.names("linux-"))
     image = next((n for p in IMAGE_PACKAGES if (n := p.format(release)) in names), None)
     if image is None:

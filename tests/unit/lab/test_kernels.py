@@ -5,7 +5,7 @@ import pytest
 
 from kvirt.errors import KvirtError
 from kvirt.lab import headers, kernels
-from kvirt.lab.kernels import Candidate, Kernel
+from kvirt.lab.kernels import Candidate, Flavour, Kernel
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,27 @@ def test_only_kernels_with_debug_information_are_offered():
         "linux-image-7.3.4+deb13-amd64-dbg",
         "linux-image-cloud-amd64-dbg",
         "linux-image-7.2.9+deb13-cloud-amd64",
+        "linux-image-6.1.0-50-cloud-amd64-dbg",
     ]
-    assert kernels.offered(names) == ["7.3.4+deb13-cloud-amd64"]
+    assert kernels.offered(names, kernels.FLAVOUR) == ["7.3.4+deb13-cloud-amd64", "6.1.0-50-cloud-amd64"]
+    assert kernels.offered(names, Flavour("amd64", "amd64")) == ["7.3.4+deb13-amd64"]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "release", "expected"),
+    [
+        ("cloud-amd64", "7.3.4+deb13-cloud-amd64", True),
+        ("cloud-amd64", "6.1.0-50-cloud-amd64", True),
+        ("cloud-amd64", "7.4-rc3-cloud-amd64", True),
+        ("cloud-amd64", "7.3.4+deb13-cloud-arm64", False),
+        ("amd64", "7.3.4+deb13-cloud-amd64", False),
+        ("amd64", "6.1.0-50-rt-amd64", False),
+        ("arm64-16k", "7.3.4+deb13-arm64-16k", True),
+        ("arm64", "7.3.4+deb13-arm64-16k", False),
+    ],
+)
+def test_a_release_is_of_one_flavour(flavour, release, expected):
+    assert Flavour(flavour, "any").has(release) is expected
 
 
 def bz_image(path, version=b"7.3.4-mine (me@here) #1 SMP\0"):
@@ -92,7 +111,33 @@ def test_a_cached_kernel_needs_no_network(tmp_path, monkeypatch):
     (directory / "kernel.json").write_text(
         '{"release": "7.3.4+deb13-cloud-amd64", "version": "7.3.4-1", "suite": "sid"}'
     )
-    assert kernels.get_kernel("7.3").vmlinux == directory / "vmlinux"
+    found = kernels.get_kernel("7.3")
+    assert (found.vmlinux, found.initramfs) == (directory / "vmlinux", None)
+    assert kernels.fetch_kernel("7.3", kernels.FLAVOUR) == found
+    with pytest.raises(pytest.fail.Exception, match="asked the mirror"):
+        kernels.fetch_kernel("7.3", Flavour("cloud-arm64", "arm64"))
+
+
+def test_what_a_kernel_starts_with_is_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVIRT_CACHE", str(tmp_path))
+    directory = tmp_path / "kernels" / "6.1.0-50-cloud-amd64"
+    for name in ("build", "source", "kernel/fs/fuse"):
+        (directory / "modules" / name).mkdir(parents=True)
+    (directory / "modules/kernel/fs/fuse/virtiofs.ko").touch()
+    (directory / "kernel.json").write_text(
+        '{"release": "6.1.0-50-cloud-amd64", "version": "6.1.192-1", "suite": "bookworm"}'
+    )
+    built = []
+
+    def build(modules, target, report):
+        built.append(modules)
+        target.touch()
+
+    monkeypatch.setattr(kernels.initramfs, "build", build)
+    for _ in range(2):
+        assert kernels.get_kernel("6.1").initramfs == directory / "initramfs.cpio"
+    assert built == [directory / "modules"]
+    assert kernels.fetch_kernel("6.1", kernels.FLAVOUR).initramfs is None
 
 
 def test_headers_are_named_as_debian_names_them():

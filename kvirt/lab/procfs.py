@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What user space is told about a process's memory: /proc/PID/maps, smaps and pagemap.
+"""What user space is told about a process's memory, /proc/PID/maps, smaps and pagemap, and of settings.
 
 The tests hold kvirt's answers against these files, so nothing here may use drgn or the rest of
 kvirt.
@@ -52,6 +52,12 @@ def parse_maps(text: str) -> list[Mapping]:
             )
         )
     return mappings
+
+
+def setting_in_force(text: str) -> str:
+    """Return the value of a setting, as it can be written: of a choice, the kernel has it in brackets."""
+    _, _, chosen = text.partition("[")
+    return chosen.partition("]")[0] or text.strip()
 
 
 def read_maps(pid: int | str = "self") -> list[Mapping]:

@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvirt.lab.procfs import setting_in_force
+
 ZRAM = "/dev/zram0"
 ZRAM_SIZE = "256M"
 KSM = Path("/sys/kernel/mm/ksm")
@@ -64,14 +66,12 @@ def prepared() -> Iterator[list[str]]:
             _swap_on(undo, lacks)
         for path, value in SETTINGS:
             try:
-                before = path.read_text().strip()
+                before = setting_in_force(path.read_text())
                 path.write_text(value)
             except OSError as error:
                 lacks.append(f"{path} cannot be set to {value}: {error.strerror}.")
                 continue
-            # Of several words, the one in brackets is chosen.
-            _, _, chosen = before.partition("[")
-            undo.callback(path.write_text, chosen.partition("]")[0] or before)
+            undo.callback(path.write_text, before)
         yield lacks
 
 

@@ -25,6 +25,7 @@ from kvirt.lab.procfs import (
     Mapping,
     read_maps,
     read_pagemap,
+    setting_in_force,
 )
 from kvirt.lab.workload import syscalls as sc
 from kvirt.lab.workload.children import BARE, BARE_OPTIONAL, HEIRS, LARGE, MERGE_PATIENCE, RECLAIM
@@ -237,10 +238,7 @@ class Workload:
             time.sleep(0.1)
 
     def _set(self, path: Path, value: str) -> None:
-        # Of a choice, the one in force is in brackets.
-        before = path.read_text().strip()
-        if match := re.search(r"\[(\w+)\]", before):
-            before = match[1]
+        before = setting_in_force(path.read_text())
         path.write_text(value)
         self._undo.append((f"{path} is not {before} again", lambda: path.write_text(before)))
 

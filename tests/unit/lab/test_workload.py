@@ -227,3 +227,17 @@ def test_unknown_options_are_refused(capsys):
         program.main(["--with", "nothing"])
     assert exit_info.value.code == 2
     assert "none of hugetlb, ksm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("always [madvise] never\n", "madvise"),
+        ("lzo [lzo-rle] zstd\n", "lzo-rle"),
+        ("1024\n", "1024"),
+        ("4096\t87380\t6291456\n", "4096\t87380\t6291456"),
+        ("[]\n", "[]"),
+    ],
+)
+def test_the_setting_in_force(text, value):
+    assert procfs.setting_in_force(text) == value

@@ -54,7 +54,7 @@ cd /root
 sleep 1000000 | PYTHONPATH=/kvirt python3.13 -m kvirt.lab.workload --with hugetlb,ksm,swap >/dev/vport0p1
 poweroff -f
 """
-# Of dumps; QEMU does not say in the second which architecture it is of.
+# Of dumps. QEMU does not say in the second which architecture it is of, and its blocks are larger than pages.
 FORMATS = ("elf", "kdump-zlib")
 # Seconds for a guest that is emulated on a busy host, and its memory: hugetlb pages can be large.
 PATIENCE = 1200
@@ -211,7 +211,8 @@ def main(kernel, flavour, cpu):
         click.echo(f"wrong: {name}")
     same = all(other == first for other in others)
     click.echo(
-        f"the cores of formats {', '.join(FORMATS)} give {'the same' if same else 'different documents'}"
+        f"check-all says {'the same' if same else 'different things'} of the cores of formats "
+        f"{', '.join(FORMATS)}"
     )
     sys.exit(done.returncode if same and not wrong else 1)
 

@@ -54,11 +54,6 @@ def _words(size: int) -> struct.Struct:
     return struct.Struct(f"<{size // 8}Q")
 
 
-def _owner(rb: int, offset: int) -> int:
-    # rb_entry(); a wild pointer below the offset stays wild.
-    return rb - offset if rb > offset else 1 if rb else 0
-
-
 def root_decoder(tree: TreeLayout) -> Callable[[bytes, int], Root]:
     """A function from bytes, and an offset in them, to the ``struct rb_root_cached`` there."""
     unpack = _words(16).unpack_from
@@ -67,7 +62,9 @@ def root_decoder(tree: TreeLayout) -> Callable[[bytes, int], Root]:
     def decode(data: bytes, at: int) -> Root:
         words = unpack(data, at)
         # mm_take_all_locks() marks a root by the lowest bit.
-        return Root(_owner(words[root_node] & ~3, rb), _owner(words[leftmost], rb))
+        node, first = words[root_node] & ~3, words[leftmost]
+        # rb_entry(); a wild pointer below the offset stays wild.
+        return Root(node - rb if node > rb else node and 1, first - rb if first > rb else first and 1)
 
     return decode
 
@@ -82,9 +79,12 @@ def node_decoder(tree: TreeLayout) -> Callable[[bytes, int], RbNode]:
         words = unpack(data, at)
         # rb_parent(): the lower bits hold the colour.
         parent, left, right = words[at_parent] & ~3, words[at_left], words[at_right]
-        # Nodes are many, and most of their pointers 0: these are not worth a call.
+        # rb_entry(), as above.
         return RbNode(
-            parent and _owner(parent, rb), left and _owner(left, rb), right and _owner(right, rb), words[last]
+            parent - rb if parent > rb else parent and 1,
+            left - rb if left > rb else left and 1,
+            right - rb if right > rb else right and 1,
+            words[last],
         )
 
     return decode

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import time
+from array import array
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import drgn
-import numpy as np
 
 from kvirt.checks import patience
 from kvirt.checks.registry import Check, Violation
@@ -16,7 +17,6 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.forest import AnonTree, Family, FamilyReader, MmState, read_family, read_mm_state
-from kvirt.mm.pagetable import U64
 
 _ACCUSING = (Severity.ERROR, Severity.WARNING)
 
@@ -55,7 +55,8 @@ class Forest:
         self._checks = [(check, check.family) for check in checks if check.family is not None]
         self._moves = moves
         # VMAs of families that other processes belong to as well, by root: not to be looked at again.
-        self._done: dict[int, U64] = {}
+        # Sorted addresses, in as little memory as can be: there may be millions.
+        self._done: dict[int, array[int]] = {}
         self._latest: list[int] = []
         # What was told of families that had to be read again, because damage hid some of their VMAs.
         self._told: set[_Key] = set()
@@ -79,7 +80,7 @@ class Forest:
         self.filtered = 0
         for root, vmas in members.items():
             known = self._done.get(root)
-            if known is not None and np.isin(np.array(vmas, dtype=np.uint64), known).all():
+            if known is not None and all(known[bisect_right(known, vma) - 1] == vma for vma in vmas):
                 continue
             try:
                 family, violations, settled = self._check_family(root, vmas, reader)
@@ -91,7 +92,7 @@ class Forest:
             quiet &= settled
             found += violations
             if family.shared():
-                self._done[root] = np.fromiter(family.vmas, dtype=np.uint64)
+                self._done[root] = array("Q", sorted(family.vmas))
                 self._latest.append(root)
         return found, quiet
 

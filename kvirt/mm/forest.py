@@ -150,6 +150,8 @@ class _Reading:
         self.family = Family(root)
         self.todo: list[AnonVma] = []
         self.strangers = {0}
+        # Last offset of each VMA, which is in the trees of all its ancestors.
+        self.lasts: dict[int, int] = {}
 
     def add_anon_vma(self, address: int) -> bool:
         """Add an anon_vma; returns whether it is of the family."""
@@ -184,6 +186,7 @@ class _Reading:
             damage_only(error)
             return None
         family.vmas[address] = vma
+        self.lasts[address] = vma_last_anon_pgoff(vma)
         chain = family.chains[address] = self.records.chains[address]
         family.attached[address] = self.is_attached(vma)
         family.whole &= chain.broken is None
@@ -223,7 +226,7 @@ class _Reading:
                 link = links[address] = avcs[address]
                 vma = self.add_vma(link.vma)
                 if vma is not None:
-                    nodes[address] = Interval(address, link.rb, vma.anon_pgoff, vma_last_anon_pgoff(vma))
+                    nodes[address] = Interval(address, link.rb, vma.anon_pgoff, self.lasts[link.vma])
         except TreeError as error:
             tree.broken = str(error)
         self.family.whole &= tree.broken is None and len(links) == len(nodes)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """How families of anon_vmas are judged: on a dump, and while they change."""
 
+from array import array
+
 import pytest
 
 from kvirt.checks import patience, process
@@ -82,6 +84,38 @@ def test_damage_is_told_with_the_first_process_that_shows_it():
     # That process turns out to be gone.
     checker.forget_latest()
     assert ids(checker.check(MM)) == first == [("ANON-VMA-CHILDREN", Severity.ERROR)]
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """One element for each look at a family."""
+    seen = []
+    read = FamilyReader.read
+    monkeypatch.setattr(FamilyReader, "read", lambda *arguments: seen.append(1) or read(*arguments))
+    return seen
+
+
+@pytest.mark.parametrize(("mm", "number"), [(MM, 2), (0xFFFF888000920000, 1)])
+def test_family_of_several_processes_is_looked_at_once(monkeypatch, looks, mm, number):
+    made_up = Process()
+    detached(made_up, mm)
+    monkeypatch.setattr(process, "for_each_process", lambda prog, moves: Processes())
+    checker = ProcessChecker(made_up.memory.prog, LAYOUT, moves=False)
+    checker.check(MM)
+    checker.check(MM)
+    assert len(looks) == number
+
+
+@pytest.mark.parametrize(
+    ("known", "number"),
+    [([VMA], 0), ([VMA - 8, VMA, VMA + 8], 0), ([VMA + 8], 1), ([VMA - 8], 1), ([VMA - 8, VMA + 8], 1)],
+)
+def test_family_is_looked_at_again_with_a_vma_that_was_not_in_it(looks, known, number):
+    made_up = Process()
+    checker = ProcessChecker(made_up.memory.prog, LAYOUT, moves=False)
+    checker._forest._done[ANON_VMA] = array("Q", known)
+    checker.check(MM)
+    assert len(looks) == number
 
 
 # Else what was read with the process would be told: as transient, or for information, or as hidden pages.

@@ -16,11 +16,12 @@ import click
 
 from kvirt.errors import KvirtError
 from kvirt.lab import apt, host
-from kvirt.lab.cache import cache_dir, locked
+from kvirt.lab.cache import built, cache_dir, locked
 from kvirt.lab.guest import Guest
 from kvirt.lab.kernels import Kernel, get_kernel
 from kvirt.lab.progress import TerminalReport, step
 from kvirt.lab.root import get_root
+from kvirt.lab.source import fetch_source, source_version
 
 # What compiles a kernel.
 PACKAGES = (
@@ -89,7 +90,7 @@ class Build:
 
         :param debian: the kernel of Debian's whose source it is
         """
-        [self._version] = re.findall(r"^\d+\.\d+", debian.release)
+        self._version = source_version(debian.release)
         self._suite = apt.Suite(debian.suite)
         self._report = report
         key = hashlib.sha256(json.dumps([debian.release, PACKAGES, OPTIONS]).encode()).hexdigest()[:12]
@@ -121,18 +122,9 @@ class Build:
         return Kernel(Kernel.from_files(image, None).release, image, modules=modules)
 
     def _fetch(self):
-        if self._source.exists():
-            return
-        package = f"linux-source-{self._version}"
-        self._suite.need(package)
-        unpacked = self._scratch / "unpacked"
-        file = self._suite.download(package, self._scratch / "download", self._report, "source")
-        with step(self._report, f"Unpacking {package}", "unpacking"):
-            apt.unpack(file, unpacked)
-            [archive] = (unpacked / "usr" / "src").glob("linux-source-*.tar.*")
-            self._run(host.program("tar"), "-C", unpacked, "-xf", archive)
-            # Now that it is whole.
-            (unpacked / archive.name.split(".tar")[0]).rename(self._source)
+        if not self._source.exists():
+            with built(self._source) as directory:
+                fetch_source(self._suite, self._version, directory, self._report)
 
     def _make(self, lacks):
         (self._scratch / "out").mkdir(exist_ok=True)

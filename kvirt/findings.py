@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvirt.limits import MAX_FINDINGS
 
@@ -74,8 +74,7 @@ class PageCounts:
         self.swapcache += other.swapcache
 
 
-@dataclass(frozen=True, slots=True)
-class VmaRow:
+class VmaRow(NamedTuple):
     """One VMA, with what a table shows of it."""
 
     vma: Vma

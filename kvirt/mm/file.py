@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvirt.layout import S_DAX, Layout
 from kvirt.snapshot import Readable
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """What matters here of a ``struct file``."""
 
     f_mapping: int

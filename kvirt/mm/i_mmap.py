@@ -120,7 +120,8 @@ class FileTrees:
         except TreeError as error:
             return FilePlace(root=root, lost=str(error), locked=locked)
         first, before, stray = False, None, None
-        last: int | None = vma_last_pgoff(vma)
+        own = vma_last_pgoff(vma)
+        last: int | None = own
         # Half of all nodes have no children.
         if node.left or node.right:
             try:
@@ -128,7 +129,7 @@ class FileTrees:
             except TreeError as error:
                 stray = str(error)
             try:
-                last = subtree_last(read, node, vma_last_pgoff(vma))
+                last = subtree_last(read, node, own)
             except TreeError:
                 last = None
         # A neighbour that cannot be reached is a child of somebody, or shows what is wrong itself.

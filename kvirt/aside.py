@@ -6,15 +6,40 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
 from typing import Generic, TypeVar
 
 from kvirt.errors import KvirtError
 
 T = TypeVar("T")
+_Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _put_off() -> Iterator[None]:
+    """Nobody's handlers of signals run meanwhile, neither here nor in a process that is begun.
+
+    Blocked signals go to another thread, and have their handlers run here nevertheless.
+    """
+    came: list[int] = []
+    handlers: dict[int, _Handler] = {}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if callable(signal.getsignal(number)):
+                    handlers[number] = signal.signal(number, lambda it, frame: came.append(it))
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for given, handler in handlers.items():
+            signal.signal(given, handler)
+        for again in came:
+            signal.raise_signal(again)
 
 
 class Aside(Generic[T]):
@@ -30,22 +55,20 @@ class Aside(Generic[T]):
 
     def __enter__(self) -> Aside[T]:
         self._result, result = os.pipe()
-        # Nobody's handlers are to run in there, and nobody's context to be left.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._pid: int | None = None
-        # Where there may be no more processes, this one does it.
-        with suppress(OSError):
-            self._pid = os.fork()
-        if self._pid == 0:
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(self._result)
-            self._run(result)
-        os.close(result)
         try:
-            # Handlers of what came meanwhile run here.
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            # Handlers of what came meanwhile run when it ends.
+            with _put_off():
+                # Where there may be no more processes, this one does it.
+                with suppress(OSError):
+                    self._pid = os.fork()
+                if self._pid == 0:
+                    for number in _SIGNALS:
+                        signal.signal(number, signal.SIG_DFL)
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+                    os.close(self._result)
+                    self._run(result)
+                os.close(result)
         except BaseException:
             self._end()
             raise

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -89,18 +90,34 @@ def test_children_that_nobody_may_wait_for():
         signal.signal(signal.SIGCHLD, before)
 
 
-def test_interrupted_when_it_has_just_begun(monkeypatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_interrupted_when_it_has_just_begun(monkeypatch, elsewhere):
     fork, children = os.fork, []
+    # A thread that does not block signals gets those that this one blocks.
+    idle = threading.Event()
+    thread = threading.Thread(target=idle.wait)
 
     def interrupted():
         pid = fork()
         if pid:
             children.append(pid)
-            os.kill(os.getpid(), signal.SIGINT)
+            if elsewhere:
+                signal.pthread_kill(thread.ident, signal.SIGINT)
+                # Whoever gets the interpreter's lock back runs the handlers.
+                time.sleep(0.01)
+            else:
+                signal.raise_signal(signal.SIGINT)
         return pid
 
+    thread.start()
     monkeypatch.setattr(os, "fork", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(lambda: time.sleep(60))
+    before = signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(lambda: time.sleep(60))
+    finally:
+        idle.set()
+        thread.join()
+    assert (signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
     with pytest.raises(ProcessLookupError):
         os.kill(children[0], 0)

@@ -73,6 +73,18 @@ class PageCounts:
         self.skipped += other.skipped
         self.swapcache += other.swapcache
 
+    def times(self, number: int) -> PageCounts:
+        """As many of each."""
+        return PageCounts(
+            self.present * number,
+            self.anon * number,
+            self.checked * number,
+            self.verified * number,
+            Counter({reason: pages * number for reason, pages in self.unverified.items()}),
+            Counter({reason: pages * number for reason, pages in self.skipped.items()}),
+            self.swapcache * number,
+        )
+
 
 class VmaRow(NamedTuple):
     """One VMA, with what a table shows of it."""

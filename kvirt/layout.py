@@ -346,6 +346,12 @@ class Layout:
     hugetlb_index_in_pages: bool
     """hugetlb folios are indexed in base pages, as all others (Linux 6.7 and later)."""
 
+    @property
+    def pg_known(self) -> int:
+        """Mask of all page flags that have a name here: nobody can ask for others."""
+        some = self.pg_hwpoison | self.pg_head | self.pg_locked
+        return some | self.pg_anon_exclusive | self.pg_double_map
+
     @cached_property
     def page_dtype(self) -> np.dtype[np.void]:
         """All of a struct page that kvirt reads; *large_counts* mean something in second pages only."""

@@ -13,7 +13,7 @@ import functools
 import itertools
 import mmap
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,14 +81,14 @@ class _BusErrors:
         # Not of this module's making: it comes again, to whom it came before.
         _libc.signal(number, self._before)
 
-    def guard(self, mapped: tuple[int, int], copy: Callable[[], None]) -> bool:
-        """Copy from mapped memory; returns whether that could be read.
+    def guard(self, mapped: tuple[int, int], read: Callable[[], object]) -> bool:
+        """Read mapped memory; returns whether that could be read.
 
-        :param mapped: address and size of all that is copied from
+        :param mapped: address and size of all that is read from
         """
         self._mapped, self._failed = mapped, False
         try:
-            copy()
+            read()
         finally:
             self._mapped = None
         return not self._failed
@@ -163,18 +163,23 @@ class Core:
         if last - first < _WINDOWS_MAX:
             # As if all between were looked at.
             self._keep_small(slice(first, last + 2))
-            self._copy(_copy, size, at, out)
+            self._guarded(lambda: _copy(self._view(size), at, out))
             return out
         for start in range(0, len(at), _WINDOWS_MAX // 2):
             part = slice(start, start + _WINDOWS_MAX // 2)
             self._keep_small(np.unique(at[part] >> to_window))
-            self._copy(_copy, size, at[part], out[part])
+            self._guarded(functools.partial(_copy, self._view(size), at[part], out[part]))
         return out
 
-    def blocks(self, first: Places, lengths: Places, size: int, number: int) -> Iterator[Things]:
-        """As :meth:`gather`, of runs of neighbours; *number* things at a time, always in the same array.
+    def each_block(
+        self, first: Places, lengths: Places, size: int, number: int, look: Callable[[Things], bool]
+    ) -> bool:
+        """Have runs of neighbours be looked at in their order, *number* things at a time at most.
 
-        :param first: where the first of each run is
+        :param first: where the first of each run is, as for :meth:`gather`
+        :param look: is given things that are gone when it returns, for it may be the file itself; and says
+            whether to go on
+        :returns: whether all of them were looked at
         """
         to_window = (_WINDOW // size).bit_length() - 1
         low, high = first >> to_window, (first + lengths - 1) >> to_window
@@ -183,31 +188,42 @@ class Core:
         else:
             windows = [np.arange(a, b + 1) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
             self._keep_small(np.unique(np.concatenate(windows)))
-        room = np.empty(number, dtype=f"V{size}")
-        pieces: list[_Piece] = []
-        filled = 0
-        for at, left in zip(first.tolist(), lengths.tolist(), strict=True):
-            while left:
-                end = min(filled + left, number)
-                pieces.append((at, filled, end))
-                at, left, filled = at + end - filled, left - (end - filled), end
-                if filled == number:
-                    self._copy(_copy_pieces, size, pieces, room)
-                    yield room
-                    pieces, filled = [], 0
-        if filled:
-            self._copy(_copy_pieces, size, pieces, room)
-            yield room[:filled]
+        source = self._view(size)
+        # Those that are worth a look where they are; of others some are put together first.
+        alone = np.flatnonzero(lengths >= number // 2)
+        begin = 0
+        for run in [*alone.tolist(), len(first)]:
+            others = neighbours(first[begin:run], lengths[begin:run])
+            for start in range(0, len(others), number):
+                if not look(self.gather(others[start : start + number], size)):
+                    return False
+            if run == len(first):
+                break
+            at, end = int(first[run]), int(first[run] + lengths[run])
+            for start in range(at, end, number):
+                if not self._guarded(functools.partial(look, source[start : min(start + number, end)])):
+                    return False
+            begin = run + 1
+        return True
 
-    def _copy(self, copy: Callable[[Things, T, Things], None], size: int, at: T, out: Things) -> None:
+    def _view(self, size: int) -> Things:
+        """All of the file as things of one size."""
         if size not in self._views:
             count = (len(self._map) - self._grid) // size
             self._views[size] = np.frombuffer(self._map, dtype=f"V{size}", offset=self._grid, count=count)
-        source = self._views[size]
-        self._failed |= not _bus_errors().guard(self._mapped_at, lambda: copy(source, at, out))
+        return self._views[size]
+
+    def _guarded(self, read: Callable[[], T]) -> T:
+        """What *read* makes of mapped memory.
+
+        :raises KvirtError: if that could not be read
+        """
+        out: list[T] = []
+        self._failed |= not _bus_errors().guard(self._mapped_at, lambda: out.append(read()))
         if self._failed:
             self.ensure_whole()
             raise KvirtError(f"{self._path} could not be read: does its disk or file server fail?")
+        return out[0]
 
     def ensure_whole(self) -> None:
         """See that the file is as long as it was.
@@ -229,6 +245,16 @@ class Core:
             self._mapped[:] = False
             self._mapped_count = int(np.count_nonzero(~self._mapped[windows]))
         self._mapped[windows] = True
+
+
+def neighbours(first: Places, lengths: Places) -> Places:
+    """All places of some runs, by the first of each."""
+    ends = np.cumsum(lengths)
+    if not len(ends):
+        return np.empty(0, dtype=np.int64)
+    at: Places = np.repeat(first - (ends - lengths), lengths)
+    at += np.arange(len(at))
+    return at
 
 
 def _copy(source: Things, at: Places, out: Things) -> None:

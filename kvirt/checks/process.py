@@ -14,6 +14,7 @@ import numpy as np
 from kvirt.checks import patience
 from kvirt.checks.forest import FamilyViolation, Forest
 from kvirt.checks.registry import (
+    MANY,
     Check,
     PageBatch,
     PageViolations,
@@ -24,19 +25,22 @@ from kvirt.checks.registry import (
     all_checks,
 )
 from kvirt.checks.sorting import DOUBTS, SWAPPED, Sorter
+from kvirt.checks.uniform import Uniform
 from kvirt.filtered import is_filtered
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
 from kvirt.memory import core_of
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
 from kvirt.mm.i_mmap import FileTrees
-from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf
+from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf, join
 from kvirt.mm.vma import Vma
 from kvirt.tasks import for_each_process
 
 # Entries of one process that are remembered one by one when they look wrong. Bounds memory when
 # everything is wrong.
 HITS_MAX = 1 << 16
+# Entries of VMAs with few that are judged together.
+_LEFT_MAX = 1 << 14
 
 # VMAs that each check looks at in one go.
 _VMAS_AT_ONCE = 1 << 12
@@ -131,12 +135,12 @@ class ProcessChecker:
         layout: Layout,
         *,
         moves: bool,
-        watch: Callable[[PageBatch], None] = lambda batch: None,
+        watch: Callable[[PageBatch], None] | None = None,
     ) -> None:
         """Prepare.
 
         :param moves: whether the kernel runs while it is read
-        :param watch: is given the pages of each process as they are first read
+        :param watch: is given each page of each process as it is first read
         """
         self.prog = prog
         self._watch = watch
@@ -313,40 +317,77 @@ class ProcessChecker:
         """Check present pages; returns the entries of those that look wrong, by address."""
         table = VmaTable(into.space, self._forest.unsound)
         sorter = Sorter(self.prog, self.layout, table)
+        watch = self._watch if wanted is None else None
+        by_place = any(check.by_place(table) for check, _ in self._page_checks)
+        each = wanted is not None or watch is not None or by_place
+        uniform = None if each else Uniform(self.prog, self.layout, table, sorter)
         seen: dict[int, int] = {}
+
+        def judge(leaves: Leaves) -> PageCounts | None:
+            alone = _Pass(into.space)
+            self._judge(alone, sorter, leaves, alone.pages, {}, None)
+            return None if alone.suspects() else alone.pages
+
         try:
             for leaves in self._leaves(into, table, wanted):
                 progress(len(leaves) * leaves.pages)
-                sorted_ = sorter.sort(leaves, counts)
-                for reason, doubtful in sorted_.doubts:
-                    room = max(0, HITS_MAX - len(into.doubts))
-                    for address, entry in zip(
-                        doubtful.address[:room].tolist(), doubtful.entry[:room].tolist(), strict=True
-                    ):
-                        into.doubts[reason, address, 0] = doubtful.pages
-                        seen[address] = entry
-                batch = sorted_.batch
-                if len(batch.address):
-                    if wanted is None:
-                        self._watch(batch)
-                    for check, page in self._page_checks:
-                        _note_pages(into, check, page(batch), batch, sorted_.leaves, seen)
-                for entries, absent in sorted_.entries:
-                    if len(entries.address):
-                        for check, entry_run in self._entry_checks:
-                            _note_pages(into, check, entry_run(entries), entries, absent, seen)
+                same = None if uniform is None else uniform.judge(leaves, judge)
+                if same is not None:
+                    counts.add(same)
+                else:
+                    self._judge(into, sorter, leaves, counts, seen, watch)
         except drgn.FaultError as error:
             into.unreadable = str(error)
         return seen
 
+    def _judge(
+        self,
+        into: _Pass,
+        sorter: Sorter,
+        leaves: Leaves,
+        counts: PageCounts,
+        seen: dict[int, int],
+        watch: Callable[[PageBatch], None] | None,
+    ) -> None:
+        """Check the pages behind some entries; those that look wrong are added to *seen*."""
+        sorted_ = sorter.sort(leaves, counts)
+        for reason, doubtful in sorted_.doubts:
+            room = max(0, HITS_MAX - len(into.doubts))
+            for address, entry in zip(
+                doubtful.address[:room].tolist(), doubtful.entry[:room].tolist(), strict=True
+            ):
+                into.doubts[reason, address, 0] = doubtful.pages
+                seen[address] = entry
+        batch = sorted_.batch
+        if len(batch.address):
+            if watch is not None:
+                watch(batch)
+            for check, page in self._page_checks:
+                _note_pages(into, check, page(batch), batch, sorted_.leaves, seen)
+        for entries, absent in sorted_.entries:
+            if len(entries.address):
+                for check, entry_run in self._entry_checks:
+                    _note_pages(into, check, entry_run(entries), entries, absent, seen)
+
     def _leaves(self, into: _Pass, table: VmaTable, wanted: U64 | None) -> Iterator[Leaves]:
-        """Entries to be judged together."""
+        """Entries to be judged together: those of a VMA that has many, and all others."""
+        left: list[Leaves] = []
         for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
             if wanted is not None:
                 # What begins elsewhere is another mapping of that place.
                 leaves = leaves.take(np.isin(leaves.address, wanted))
             for part in table.parts(leaves.address):
-                yield leaves.part(part)
+                few = leaves.part(part)
+                # While the kernel runs, its pages are looked at right after their entries.
+                if self.moves or leaves.level or len(few) >= MANY:
+                    yield few
+                    continue
+                left.append(few)
+                if sum(map(len, left)) >= _LEFT_MAX:
+                    yield join(left)
+                    left.clear()
+        if left:
+            yield join(left)
 
     def _reread(self, mm: int, hits: U64, doubts: U64, at: frozenset[int] | None) -> _Pass | None:
         """Read again what looked wrong: VMAs, entries and folios together, and nothing changing.

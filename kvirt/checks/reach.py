@@ -38,6 +38,7 @@ def _classes(points: U64, first: U64, last: U64) -> U64:
     relied_on="rmap_walk_anon(): reclaim, migration and compaction, mm/rmap.c",
     message="rmap of the folio at page frame {head:#x} (index {actual:#x}) does not find this mapping of it",
     alike=lambda expected, actual: 0,
+    by_place=lambda table: bool(table.unsound),
 )
 def folio_rmap_reach(batch: PageBatch) -> PageViolations:
     """From the folio to its mapping.

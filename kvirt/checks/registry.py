@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -74,8 +74,28 @@ class VmaContext:
         return self, Violation(message, expected, actual, severity=severity)
 
 
+class _Kinds:
+    """Things of which many are of the same kind."""
+
+    def __init__(self, kinds: Iterable[int]) -> None:
+        self.first: list[int] = []
+        """The first thing of each kind."""
+        number: dict[int, int] = {}
+        of = []
+        for i, kind in enumerate(kinds):
+            if kind not in number:
+                number[kind] = len(self.first)
+                self.first.append(i)
+            of.append(number[kind])
+        self._of = np.array(of, dtype=np.intp)
+
+    def spread(self, values: Iterable[int], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
+        """What each thing has, by what its kind has."""
+        return np.array(list(values), dtype=dtype)[self._of]
+
+
 # Pages of one VMA that are worth a look of their own.
-_MANY = 4096
+MANY = 2048
 
 
 class VmaTable:
@@ -99,36 +119,20 @@ class VmaTable:
         self.vm_pgoff = array(v.vm_pgoff for v in self.vmas)
         self.anon_vma = array(v.anon_vma for v in self.vmas)
         # Many VMAs are alike in what follows, which is worked out once for each kind.
-        number: dict[tuple[int, int, int], int] = {}
-        kinds: list[Vma] = []
-        for vma in self.vmas:
-            if number.setdefault((vma.vm_flags, vma.vm_ops, vma.vm_file), len(kinds)) == len(kinds):
-                kinds.append(vma)
-        kind = np.array([number[v.vm_flags, v.vm_ops, v.vm_file] for v in self.vmas], dtype=np.intp)
-        files = [space.file(v) for v in kinds]
-
-        def numbers(values: list[int]) -> U64:
-            return np.array(values, dtype=np.uint64)[kind]
-
-        def flags(values: list[bool]) -> Bool:
-            return np.array(values, dtype=np.bool_)[kind]
-
-        self.f_mapping = numbers([0 if file is None else file.f_mapping for file in files])
-        self.cow = flags([vma_is_cow_mapping(v) for v in kinds])
-        self.hugetlb_order = numbers(
-            [
-                max(file.blkbits - space.layout.page_shift, 0)
-                if v.flag("HUGETLB") and file is not None
-                else 0
-                for v, file in zip(kinds, files, strict=True)
-            ]
-        )
-        """Of the huge pages that a VMA is made of; 0 if it is not of hugetlb, or its file cannot be read."""
-        self.pure = flags([vma_is_pure_anon(v) for v in kinds])
+        flags, files = _Kinds(v.vm_flags for v in self.vmas), _Kinds(v.vm_file for v in self.vmas)
+        some = [self.vmas[i] for i in flags.first]
+        mapped = [space.file(self.vmas[i]) for i in files.first]
+        self.cow = flags.spread(map(vma_is_cow_mapping, some), np.bool_)
+        self.temporary_stack = flags.spread(map(vma_is_temporary_stack, some), np.bool_)
         # Pages in these are not told from others by what they are, or are no page cache.
-        self.raw = flags([v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in kinds])
-        self.dax = flags([file is not None and file.dax for file in files])
-        self.temporary_stack = flags([vma_is_temporary_stack(v) for v in kinds])
+        self.raw = flags.spread((v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in some), np.bool_)
+        self.dax = files.spread((file is not None and file.dax for file in mapped), np.bool_)
+        self.pure = np.array([vma_is_pure_anon(v) for v in self.vmas], dtype=np.bool_)
+        self.f_mapping = files.spread((0 if file is None else file.f_mapping for file in mapped), np.uint64)
+        orders = (0 if f is None else max(f.blkbits - space.layout.page_shift, 0) for f in mapped)
+        hugetlb = flags.spread((v.flag("HUGETLB") for v in some), np.uint64)
+        self.hugetlb_order = files.spread(orders, np.uint64) * hugetlb
+        """Of the huge pages that a VMA is made of; 0 if it is not of hugetlb, or its file cannot be read."""
 
     def at(self, values: Bool, row: npt.NDArray[np.intp]) -> Bool:
         """What the VMA of each row has; no VMA, nothing."""
@@ -144,12 +148,12 @@ class VmaTable:
         :param addresses: ascending
         """
         cuts = np.array([0, len(addresses)])
-        if self.vmas and len(addresses) > _MANY:
+        if self.vmas and len(addresses) > MANY:
             first, last = (np.searchsorted(self.start, addresses[[0, -1]], side="right") - 1).tolist()
             rows = slice(max(first, 0), last + 1)
             begins = np.searchsorted(addresses, self.start[rows])
             ends = np.searchsorted(addresses, self.end[rows])
-            many = ends - begins > _MANY
+            many = ends - begins > MANY
             cuts = np.unique(np.concatenate((cuts, begins[many], ends[many])))
         for begin, end in itertools.pairwise(cuts.tolist()):
             yield slice(begin, end)
@@ -233,23 +237,23 @@ class PageBatch:
         :param unfaulted: whether to take the chain of a VMA without an anon_vma of its own for empty
         """
         rows, on = take(self.row, judged), take(anon_vma, judged)
-        off = np.zeros(len(on), dtype=bool)
         # Neighbours mostly agree: judge each run of the same VMA and anon_vma once.
         begins = _changes(on)
         if not is_constant(rows):
             # What is in both makes an empty run. (numpy.union1d() would import numpy.ma.)
             begins = np.sort(np.concatenate((begins, _changes(rows))))
         verdicts: dict[tuple[int, int], bool] = {}
-        begin = 0
-        for end in [*begins.tolist(), len(on)] if len(on) else ():
-            key = row, one = int(rows[begin]), int(on[begin])
+        begins = np.concatenate(([0], begins)) if len(on) else begins
+        runs = list(zip(rows[begins].tolist(), on[begins].tolist(), strict=True))
+        for key in runs:
             if key not in verdicts:
-                vma = self.table.vmas[row]
+                vma = self.table.vmas[key[0]]
                 chain = self.table.space.chains[vma.address]
-                out = one not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
+                out = key[1] not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
                 verdicts[key] = chain.broken is None and out
-            off[begin:end] = verdicts[key]
-            begin = end
+        off = np.zeros(len(on), dtype=bool)
+        if any(verdicts.values()):
+            off = np.repeat([verdicts[key] for key in runs], np.diff(begins, append=len(on)))
         if len(off) == len(judged):
             return off
         mask = np.zeros(len(judged), dtype=bool)
@@ -326,6 +330,10 @@ def _always(layout: Layout) -> bool:
     return True
 
 
+def _nowhere(table: VmaTable) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One invariant."""
@@ -350,6 +358,9 @@ class Check:
     """For checks on pages and entries: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in."""
     alike: Callable[[int, int], int] = lambda expected, actual: 0
     """For checks on pages and entries: those of one VMA for which this is the same are one finding."""
+    by_place: Callable[[VmaTable], bool] = _nowhere
+    """For checks on pages: whether it matters in a process where a page is, and not what it is alone. If not,
+    pages of a VMA whose indexes rise with their addresses, and that are the same else, are judged by one."""
 
     @property
     def kernels(self) -> str:
@@ -446,15 +457,24 @@ def page_check(
     message: str,
     alike: Callable[[int, int], int],
     applies: Callable[[Layout], bool] = _always,
+    by_place: Callable[[VmaTable], bool] = _nowhere,
 ) -> Callable[[PageRun], PageRun]:
     """Register an invariant of mapped pages.
 
     :param message: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in
     :param alike: of (expected, actual); pages of one VMA for which it is the same are one finding
+    :param by_place: whether it matters in a process where a page is, and not what it is alone; if not, pages
+        of a VMA whose indexes rise with their addresses, and that are the same else, are judged by one
     """
 
     return _registering(
-        lambda run: Check(id, severity, says, relied_on, applies, page=run, message=message, alike=alike)
+        lambda run: Check(
+            *(id, severity, says, relied_on, applies),
+            page=run,
+            message=message,
+            alike=alike,
+            by_place=by_place,
+        )
     )
 
 

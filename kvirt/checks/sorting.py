@@ -140,7 +140,7 @@ class Sorter:
             pfn = np.where(present, pfn, swap_pfn(layout, leaves))
         row = table.find(leaves.address)
         covered = each(lambda row: row >= 0, row)
-        if self._any_zero(pfn, leaves.level) or any_special(leaves) or not covered.all():
+        if self.any_zero(pfn, leaves.level) or any_special(leaves) or not covered.all():
             zero = self._is_zero(pfn, leaves.level) & present
             special = leaf_special(leaves) & present & ~zero
             no_vma = ~(covered | zero | special)
@@ -262,12 +262,13 @@ class Sorter:
         )
         return batch, leaves
 
-    def _any_zero(self, pfn: U64, level: int) -> bool:
-        """Whether :meth:`_is_zero` may be true of any."""
-        if level == 0 and self._layout.zero_pfn is not None:
-            # They are among the first.
-            return bool(len(pfn)) and bool(pfn.min() < self._layout.zero_pfn + self._layout.zero_pages)
-        return level == 1 and self._huge_zero_pfn is not None
+    def any_zero(self, pfn: U64, level: int) -> bool:
+        """Whether one of some page frames is a zero page."""
+        if level == 0 and self._layout.zero_pfn is not None and len(pfn):
+            first = self._layout.zero_pfn
+            if pfn.max() < first or pfn.min() >= first + self._layout.zero_pages:
+                return False
+        return bool(self._is_zero(pfn, level).any())
 
     def _is_zero(self, pfn: U64, level: int) -> Bool:
         if level == 0 and self._layout.zero_pfn is not None:

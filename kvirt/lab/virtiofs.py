@@ -21,8 +21,8 @@ OPEN_FILES = 1 << 18
 # The strict sandbox wants to make namespaces, which a container may not be allowed to do.
 SANDBOXES = ("namespace", "chroot")
 # glibc asks for the number of processors before it gives a ninth thread a heap of its own, unless it is told
-# how many there may be (malloc/arena.c: arena_get2()). The filter of system calls of Debian 12's program ends it
-# for that, in the middle of a guest's reading.
+# how many there may be (malloc/arena.c: arena_get2()). For that the filter of system calls of Debian 12 ends
+# it, in the middle of a guest's reading.
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "4"}
 
 

@@ -40,12 +40,15 @@ def compact(array: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
 class Column(Generic[Scalar]):
     """An array that is filled from its beginning, and is a constant as long as all of it is the same."""
 
-    def __init__(self, dtype: np.dtype[Scalar], length: int, bits: int | None = None) -> None:
+    def __init__(
+        self, dtype: np.dtype[Scalar], length: int, mask: int = -1, unless: int | None = None
+    ) -> None:
         """Prepare.
 
-        :param bits: if given, those that matter: as long as none of the values has one, all of it is 0
+        :param mask: the bits that must be the same in all of it for a constant, which has these alone
+        :param unless: if given, bits that matter: as long as none of the values has one, all of it is 0
         """
-        self._dtype, self._length, self._bits = dtype, length, bits
+        self._dtype, self._length, self._mask, self._unless = dtype, length, mask, unless
         self._filled = 0
         self._value: Any = None
         self._array: npt.NDArray[Scalar] | None = None
@@ -59,8 +62,9 @@ class Column(Generic[Scalar]):
         part = slice(self._filled, self._filled + len(values))
         self._filled = part.stop
         if self._array is None:
-            if self._bits is not None:
-                every, some = 0, some & self._bits
+            every, some = every & self._mask, some & self._mask
+            if self._unless is not None:
+                every, some = 0, some & self._unless
             if every == some and self._value in (None, every):
                 self._value = every
                 return

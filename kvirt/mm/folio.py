@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvirt.layout import Layout
 from kvirt.mm.arrays import any_bits, compact, constant, each, runs, take
-from kvirt.mm.memmap import read_struct_pages
+from kvirt.mm.memmap import read_struct_pages, read_uniform
 from kvirt.mm.pagetable import U64, Bool
 
 I64 = npt.NDArray[np.int64]
@@ -23,8 +23,8 @@ FOLIO_MAPPING_FLAGS = np.uint64(3)
 
 # Members of struct page that are looked at: of the page itself, and of its folio's first.
 _PAGE = ("flags", "compound", "mapping", "index", "mapcount")
-# The rest of the word is of interest in tail pages alone: PageTail(), include/linux/page-flags.h.
-_TAIL = {"compound": 1}
+# PageTail(), include/linux/page-flags.h. The rest of the word is of interest in tail pages alone.
+_TAIL = 1
 _HEAD = ("flags", "mapping", "index")
 
 
@@ -35,7 +35,7 @@ class Folios:
     readable: Bool
     """Whether the struct page and its folio could be read; all else is 0 where not."""
     flags: U64
-    """``page->flags`` of the page itself."""
+    """Of ``page->flags`` of the page itself, those of ``layout.pg_known``."""
     head: U64
     """Page frame of the folio's first page (``page_folio()``)."""
     mapping: U64
@@ -101,10 +101,11 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
 
     A page frame without readable struct page is marked, not raised.
     """
-    pages, readable = read_struct_pages(prog, layout, pfns, _PAGE, _TAIL)
+    masks, unless = {"flags": layout.pg_known}, {"compound": _TAIL}
+    pages, readable = read_struct_pages(prog, layout, pfns, _PAGE, masks, unless)
     number = len(pfns)
     flags = compact(pages["flags"])
-    if not any_bits(pages["compound"]) & 1 and not any_bits(flags) & layout.pg_head:
+    if not any_bits(pages["compound"]) & _TAIL and not any_bits(flags) & layout.pg_head:
         # All of them small, as most are.
         zero = constant(np.int64(0), number)
         return Folios(
@@ -120,7 +121,7 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
             entire_mapcount=zero,
             large_mapcount=zero,
         )
-    tail = (pages["compound"] & np.uint64(1)) != 0
+    tail = (pages["compound"] & np.uint64(_TAIL)) != 0
     heads = _heads(layout, pfns, pages["compound"].astype(np.uint64), tail)
     # Pages of one folio are mostly neighbours.
     first, where = runs(heads)
@@ -144,6 +145,21 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
         entire_mapcount=counts.entire[where],
         large_mapcount=counts.large[where],
     )
+
+
+def read_uniform_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> dict[str, int] | None:
+    """What small folios have in common, if nothing that :func:`read_folios` tells differs but their index.
+
+    That rises by one from each to the next.
+
+    :param pfns: at least one
+    :returns: some numbers by name, ``index`` of the first among them; None if they differ in more, or if that
+        is not found out quickly
+    """
+    names = [name for name in _PAGE if name != "index"]
+    common = read_uniform(prog, layout, pfns, names, {"flags": layout.pg_known, "compound": _TAIL})
+    large = common is not None and (common["compound"] or common["flags"] & layout.pg_head)
+    return None if large else common
 
 
 def _heads(layout: Layout, pfns: U64, compound: U64, tail: Bool) -> U64:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, RUN, Core, Places, Things, core_of
-from kvirt.mm.arrays import Column
+from kvirt.memory import PAGE_BYTES, RUN, Core, Places, Things, core_of, neighbours
+from kvirt.mm.arrays import Column, is_constant
 from kvirt.mm.pagetable import U64, Bool, kernel_huge_page
 
 Members = dict[str, npt.NDArray[Any]]
@@ -22,16 +23,19 @@ Members = dict[str, npt.NDArray[Any]]
 _GAP_PAGES = 256
 # And a run ends here, so that one bad spot does not spoil much and memory stays bounded.
 _RUN_PAGES = 1 << 16
+# Pages of which more than one in so many is not behind the one before are scattered.
+_SCATTERED = 4
 # Struct pages that are copied together, and taken apart while they are in the processor's cache.
 _BLOCK_PAGES = 1 << 13
 # Struct pages that are put together side by side, for a processor's wide instructions.
-_FOLD = 256
-_NO_BITS: Mapping[str, int] = MappingProxyType({})
+_FOLD = 64
+_NONE: Mapping[str, int] = MappingProxyType({})
 # Page frames that lie so dense are not sorted: so many struct pages are read for each.
 _DENSE = 2
 # Those that are held at once when drgn reads them, with all between them.
 _POOL_PAGES = 1 << 18
 _CACHE_KEY = "kvirt.memmap"
+_ULONG_MAX = (1 << 64) - 1
 # Sections so close are looked up with all between them.
 _NEAR = 256
 # Not looked up yet, and nowhere in the core or not in one piece.
@@ -43,24 +47,40 @@ def read_struct_pages(
     layout: Layout,
     pfns: U64,
     names: Sequence[str],
-    bits: Mapping[str, int] = _NO_BITS,
+    masks: Mapping[str, int] = _NONE,
+    unless: Mapping[str, int] = _NONE,
 ) -> tuple[Members, Bool]:
     """Members of the struct pages of page frames in any order, and which could be read.
 
     :param names: of ``layout.page_dtype``
-    :param bits: by name, those that matter: as long as no page has one of them, the member is 0
+    :param masks: by name, the bits that are told; all of them if it is not there
+    :param unless: by name, bits that matter: as long as no page has one of them, the member is 0
     :returns: an array for each of them, with 0 for what could not be read; constants where all agree
     """
+    members, readable = _read_struct_pages(prog, layout, pfns, names, masks, unless)
+    for name, mask in masks.items():
+        values = members[name]
+        if not is_constant(values):
+            values &= values.dtype.type(mask)
+    return members, readable
+
+
+def _read_struct_pages(
+    prog: drgn.Program,
+    layout: Layout,
+    pfns: U64,
+    names: Sequence[str],
+    masks: Mapping[str, int],
+    unless: Mapping[str, int],
+) -> tuple[Members, Bool]:
+    """As :func:`read_struct_pages`; of what is not constant all bits are told."""
     core = core_of(prog)
-    size = layout.page.size
-    if core is None or size & (size - 1) or not len(pfns):
+    sections = None if core is None else _sections(prog, layout, core)
+    if core is None or sections is None or not len(pfns):
         return _read_any(prog, layout, pfns, names)
-    sections = prog.cache.get(_CACHE_KEY)
-    if not isinstance(sections, _Sections) or sections.core is not core or sections.version != core.version:
-        sections = prog.cache[_CACHE_KEY] = _Sections(prog, layout, core)
     runs = sections.find_runs(pfns)
     if runs is not None:
-        return _gather_runs(core, layout, runs, names, bits), np.ones(len(pfns), dtype=bool)
+        return _gather_runs(core, layout, runs, names, masks, unless), np.ones(len(pfns), dtype=bool)
     at = sections.find_near(pfns)
     if at is not None:
         return _gather(core, layout, at, names), np.ones(len(pfns), dtype=bool)
@@ -75,6 +95,17 @@ def read_struct_pages(
     return out, good
 
 
+def _sections(prog: drgn.Program, layout: Layout, core: Core) -> _Sections | None:
+    """Where the memmap is in a core; None if struct pages do not fit into its pages."""
+    size = layout.page.size
+    if size & (size - 1):
+        return None
+    sections = prog.cache.get(_CACHE_KEY)
+    if not isinstance(sections, _Sections) or sections.core is not core or sections.version != core.version:
+        sections = prog.cache[_CACHE_KEY] = _Sections(prog, layout, core)
+    return sections
+
+
 def _gather(core: Core, layout: Layout, at: Places, names: Sequence[str]) -> Members:
     out = {name: np.empty(len(at), dtype=layout.page_dtype[name]) for name in names}
     for start in range(0, len(at), _BLOCK_PAGES):
@@ -86,34 +117,143 @@ def _gather(core: Core, layout: Layout, at: Places, names: Sequence[str]) -> Mem
 
 
 def _gather_runs(
-    core: Core, layout: Layout, runs: _Places, names: Sequence[str], bits: Mapping[str, int]
+    core: Core,
+    layout: Layout,
+    runs: _Places,
+    names: Sequence[str],
+    masks: Mapping[str, int],
+    unless: Mapping[str, int],
 ) -> Members:
-    number = int(runs.lengths.sum())
-    columns = {name: Column(layout.page_dtype[name], number, bits.get(name)) for name in names}
-    for things in core.blocks(runs.first, runs.lengths, layout.page.size, _BLOCK_PAGES):
+    number, dtype = int(runs.lengths.sum()), layout.page_dtype
+    columns = {name: Column(dtype[name], number, masks.get(name, -1), unless.get(name)) for name in names}
+    order = [(dtype.names or ()).index(name) for name in names]
+
+    def put(things: Things) -> bool:
         pages = things.view(layout.page_dtype)
         every, some = _agreement(things, layout)
-        for name, column in columns.items():
-            column.put(pages[name], every[name], some[name])
+        for at, (name, column) in zip(order, columns.items(), strict=True):
+            column.put(pages[name], every[at], some[at])
+        return True
+
+    core.each_block(runs.first, runs.lengths, layout.page.size, _BLOCK_PAGES, put)
     return {name: column.array() for name, column in columns.items()}
 
 
-def _agreement(things: Things, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
-    """The bits that a member has in every one of some struct pages, and those that it has in any; by name.
+def _agreement(things: Things, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The bits that each member of ``layout.page_dtype`` has in every one of some struct pages, and in any.
 
     In two passes over all of it, side by side: members far apart would take one each.
     """
     words = things.view("<u8").reshape(len(things), -1)
+    if not words.flags.aligned:
+        # A core's memory may begin at any multiple of four, and numpy is slow with what is not aligned.
+        words = things.view("<u4").reshape(len(things), -1)
     whole = len(words) // _FOLD * _FOLD
     both = []
     for ufunc in (np.bitwise_and, np.bitwise_or):
-        some = words[whole:]
+        some = words
         if whole:
             folded = ufunc.reduce(words[:whole].reshape(whole // _FOLD, -1), axis=0)
-            some = np.concatenate((some, folded.reshape(_FOLD, -1)))
-        page = ufunc.reduce(some, axis=0).view(layout.page_dtype)[0]
-        both.append(dict(zip(layout.page_dtype.names or (), page.item(), strict=True)))
+            if whole < len(words):
+                # With some of those before once more, which changes nothing.
+                ufunc(folded, words[-_FOLD:].reshape(-1), out=folded)
+            some = folded.reshape(_FOLD, -1)
+        both.append(ufunc.reduce(some, axis=0).view(layout.page_dtype)[0].item())
     return both[0], both[1]
+
+
+class _Uniform:
+    """What struct pages have in common, as long as they differ in an index alone that rises by one."""
+
+    def __init__(
+        self, layout: Layout, names: Sequence[str], masks: Mapping[str, int], numbers: Places | None = None
+    ) -> None:
+        """Prepare.
+
+        :param numbers: which of them each is, in the order in which they are looked at; None for that itself
+        """
+        self._layout, self._numbers = layout, numbers
+        order = layout.page_dtype.names or ()
+        self._members = [(name, order.index(name), masks.get(name, -1)) for name in names]
+        self._values: list[int] = []
+        # The index of the first of them, and how many were looked at.
+        self._base, self._seen = np.uint64(0), 0
+
+    def look(self, things: Things) -> bool:
+        """Whether some more are like those before."""
+        every, some = _agreement(things, self._layout)
+        if any((every[at] ^ some[at]) & mask for _, at, mask in self._members):
+            return False
+        values = [every[at] & mask for _, at, mask in self._members]
+        begin, self._seen = self._seen, self._seen + len(things)
+        # Copied as bytes: numpy is slow to compute with what is not aligned.
+        base = things.view(self._layout.page_dtype)["index"].copy()
+        if self._numbers is None:
+            base -= _ramp()[: len(base)]
+            base -= np.uint64(begin)
+        else:
+            base -= self._numbers[begin : self._seen].view(np.uint64)
+        if not begin:
+            self._values, self._base = values, base[0]
+        return values == self._values and bool((base == self._base).all())
+
+    def members(self) -> dict[str, int]:
+        """What they have in common, and the index of the first."""
+        names = (name for name, _, _ in self._members)
+        return {**dict(zip(names, self._values, strict=True)), "index": int(self._base)}
+
+
+@functools.cache
+def _ramp() -> U64:
+    return np.arange(_BLOCK_PAGES, dtype=np.uint64)
+
+
+def read_uniform(
+    prog: drgn.Program,
+    layout: Layout,
+    pfns: U64,
+    names: Sequence[str],
+    masks: Mapping[str, int] = _NONE,
+) -> dict[str, int] | None:
+    """What the struct pages of page frames have in common, if they differ in their index alone.
+
+    That rises by one from each to the next. Nothing is said where one of the struct pages cannot be read, nor
+    where drgn has to read them and page frames that follow one another make more than a few runs.
+
+    :param pfns: at least one
+    :param names: of ``layout.page_dtype``: the members that must agree
+    :param masks: by name, the bits that must; all of them if it is not there
+    :returns: by name; ``index`` is that of the first
+    """
+    core = core_of(prog)
+    if core is None:
+        starts = _starts(pfns)
+        if len(starts) * RUN > len(pfns) and len(starts) > 1:
+            return None
+        lengths = np.diff(starts, append=len(pfns))
+        runs, numbers = _in_order(_Places(pfns[starts].view(np.int64), lengths))
+        uniform = _Uniform(layout, names, masks, numbers)
+        whole = _Reader(prog, layout).each_block(runs, uniform.look)
+        return uniform.members() if whole else None
+    sections = _sections(prog, layout, core)
+    if sections is None:
+        return None
+    found = sections.find_runs(pfns)
+    if found is not None:
+        runs, numbers = _in_order(found)
+        uniform = _Uniform(layout, names, masks, numbers)
+        whole = core.each_block(runs.first, runs.lengths, layout.page.size, _BLOCK_PAGES, uniform.look)
+        return uniform.members() if whole else None
+    at = sections.find_near(pfns)
+    if at is None:
+        at = sections.find(pfns)
+        if (at < 0).any():
+            return None
+    uniform = _Uniform(layout, names, masks)
+    for start in range(0, len(at), _BLOCK_PAGES):
+        if not uniform.look(core.gather(at[start : start + _BLOCK_PAGES], layout.page.size)):
+            return None
+    return uniform.members()
 
 
 class _Places(NamedTuple):
@@ -122,6 +262,21 @@ class _Places(NamedTuple):
     first: Places
     """Where the first of each run is, in their size."""
     lengths: Places
+
+
+def _in_order(runs: _Places) -> tuple[_Places, Places | None]:
+    """Longer runs that hold the same, in the order of the memmap, and which thing of the old runs each is.
+
+    The kernel gives out large blocks from the last to the first: then all of them are one run.
+    """
+    if len(runs.first) == 1:
+        return runs, None
+    order = np.argsort(runs.first)
+    first, lengths = runs.first[order], runs.lengths[order]
+    begins = (np.cumsum(runs.lengths) - runs.lengths)[order]
+    numbers = neighbours(begins, lengths)
+    starts = np.flatnonzero(np.append(True, first[1:] != first[:-1] + lengths[:-1]))
+    return _Places(first[starts], np.add.reduceat(lengths, starts)), numbers
 
 
 class _Sections:
@@ -142,18 +297,20 @@ class _Sections:
     def find_runs(self, pfns: U64) -> _Places | None:
         """Where runs of neighbours are; None if there are too many, or if one may be nowhere."""
         starts = _starts(pfns)
-        if len(starts) * RUN > len(pfns) and len(starts) > 1:
+        if len(starts) * _SCATTERED > len(pfns) and len(starts) > 1:
             return None
         ends = np.append(starts[1:], len(pfns))
+        low, high = pfns[starts], pfns[ends - 1]
+        # Each section is somewhere else.
+        across = np.flatnonzero((low ^ high) >> np.uint64(self._bits))
         cuts = [
             start + boundary - low
             for start, low, high in zip(
-                starts.tolist(), pfns[starts].tolist(), pfns[ends - 1].tolist(), strict=True
+                starts[across].tolist(), low[across].tolist(), high[across].tolist(), strict=True
             )
             for boundary in range((low | self._inside) + 1, high + 1, self._inside + 1)
         ]
         if cuts:
-            # Each section is somewhere else.
             starts = np.sort(np.concatenate((starts, cuts)))
             ends = np.append(starts[1:], len(pfns))
         at = self.find(pfns[starts])
@@ -278,6 +435,28 @@ class _Reader:
         for start in range(0, valid, _RUN_PAGES):
             part = slice(start, min(start + _RUN_PAGES, valid))
             self._read(first + start, out[part], good[part])
+
+    def each_block(self, runs: _Places, look: Callable[[Things], bool]) -> bool:
+        """As :meth:`kvirt.memory.Core.each_block`; False too if not all of it can be read."""
+        room = np.empty(_BLOCK_PAGES, dtype=f"V{self._size}")
+        filled = 0
+        for first, left in zip(runs.first.tolist(), runs.lengths.tolist(), strict=True):
+            if first < 0 or first + left > self._limit:
+                return False
+            while left:
+                number = min(left, len(room) - filled)
+                try:
+                    data = self._prog.read(self._base + first * self._size, number * self._size)
+                except drgn.FaultError:
+                    return False
+                first, left = first + number, left - number
+                room[filled : filled + number] = np.frombuffer(data, dtype=room.dtype)
+                filled += number
+                if filled == len(room):
+                    if not look(room):
+                        return False
+                    filled = 0
+        return not filled or look(room[:filled])
 
     def _read(self, first: int, out: npt.NDArray[np.void], good: Bool) -> None:
         try:

@@ -15,7 +15,7 @@ from kvirt.errors import KvirtError
 from kvirt.memory import core_of, map_core, unmap_core
 from kvirt.mm import memmap
 from kvirt.mm.arrays import is_constant
-from kvirt.mm.memmap import read_struct_pages
+from kvirt.mm.memmap import read_struct_pages, read_uniform
 from tests.unit.fake import VMEMMAP, Memory, make_layout
 
 # As in QEMU's dumps: behind notes of any length.
@@ -208,7 +208,7 @@ def test_runs_of_struct_pages(sections, monkeypatch, pfns, spoilt, block):
             file.write(words[pfns[spoilt]].tobytes())
     names = ["flags", "compound", "mapping", "index", "mapcount"]
     found, good = read_struct_pages(
-        made_up.prog, make_layout(), pfns.astype(np.uint64), names, {"compound": 1}
+        made_up.prog, make_layout(), pfns.astype(np.uint64), names, unless={"compound": 1}
     )
     assert good.all()
     expected = words[pfns]
@@ -238,3 +238,108 @@ def test_runs_of_struct_pages_through_drgn(sections, monkeypatch, pfns, lost, po
     assert (good == (pfns < there)).all()
     for name, word in (("mapping", 3), ("index", 4)):
         assert (found[name] == np.where(good, words[pfns, word], 0)).all()
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("pfns", RUNS.values(), ids=RUNS)
+def test_bits_that_are_not_asked_for(sections, pfns, core):
+    made_up, words = sections
+    if not core:
+        unmap_core(made_up.prog)
+        made_up.put(VMEMMAP, words.tobytes())
+    names, mask = ["flags", "index"], 0xFF << 8
+    masks = {"flags": 0x30, "index": mask}
+    found, good = read_struct_pages(made_up.prog, make_layout(), pfns.astype(np.uint64), names, masks)
+    assert good.all()
+    assert (found["flags"] == 0x1234 & 0x30).all()
+    assert (found["index"] == words[pfns, 4] & np.uint64(mask)).all()
+
+
+ORDERS = {
+    "one run": np.arange(3, 700),
+    "across sections": np.arange(0x7F00, 0x8100),
+    "the last first": np.concatenate([np.arange(n, n + 1024) for n in (0x8400, 0x8000, 0x7C00, 0x7800)]),
+    "long, and short between": np.concatenate(
+        [
+            np.arange(n, n + length)
+            for n, length in ((9000, 5000), (100, 3), (200, 1), (0x8000, 9000), (50, 2))
+        ]
+    ),
+    "scattered": np.random.default_rng(3).permutation(0x10000)[:3000],
+    "alone": np.array([0x7FFF]),
+}
+# One alone is like itself.
+SEVERAL = {name: pfns for name, pfns in ORDERS.items() if len(pfns) > 1}
+# What is looked at, with the bits of it: nobody asks for others.
+ASKED = {"flags": (0, 0x3000), "compound": (1, 1), "mapping": (3, -1), "mapcount": (6, -1)}
+
+
+def uniform(made_up, pfns):
+    masks = {name: mask for name, (_, mask) in ASKED.items() if mask != -1}
+    return read_uniform(made_up.prog, make_layout(), pfns.astype(np.uint64), list(ASKED), masks)
+
+
+def put_words(made_up, words, core):
+    """Have struct pages be read, from a core or through drgn."""
+    if core:
+        with core_of(made_up.prog)._path.open("r+b") as file:
+            file.seek(OFFSET)
+            half = len(words) // 2
+            file.write(np.concatenate((words[half:], words[:half])).tobytes())
+    else:
+        unmap_core(made_up.prog)
+        made_up.put(VMEMMAP, words.tobytes())
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("pfns", ORDERS.values(), ids=ORDERS)
+def test_struct_pages_that_differ_in_their_index_alone(sections, pfns, core):
+    made_up, words = sections
+    words = words.copy()
+    # It wraps on the way.
+    words[pfns, 4] = np.arange(len(pfns), dtype=np.uint64) - np.uint64(len(pfns) // 2)
+    # Bits that nobody asks for are not the same.
+    words[:, 0] |= np.arange(len(words), dtype=np.uint64) << np.uint64(20)
+    put_words(made_up, words, core)
+    first = int(words[pfns[0], 4])
+    expected = {"flags": 0x1000, "compound": 0, "mapping": 0x8888, "mapcount": -1, "index": first}
+    # Through drgn nothing is said of many runs.
+    given_up = not core and np.count_nonzero(np.diff(pfns) != 1) * 64 > len(pfns)
+    assert uniform(made_up, pfns) == (None if given_up else expected)
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("pfns", SEVERAL.values(), ids=SEVERAL)
+def test_one_struct_page_that_differs_is_seen(sections, pfns, core):
+    made_up, words = sections
+    words = words.copy()
+    words[pfns, 4] = np.arange(len(pfns), dtype=np.uint64) + np.uint64(77)
+    rng = np.random.default_rng(len(pfns))
+    places = {0, 1, len(pfns) - 1, len(pfns) // 2, *rng.integers(0, len(pfns), 4).tolist()}
+    for at in sorted(places):
+        pfn, bit = pfns[at], int(rng.integers(0, 64))
+        for word, change in ((0, 0x1000), (1, 1), (3, 1 << bit), (4, 1 << bit), (6, 1 << bit % 32)):
+            spoilt = words.copy()
+            spoilt[pfn, word] ^= np.uint64(change)
+            put_words(made_up, spoilt, core)
+            assert uniform(made_up, pfns) is None, (at, word, bit)
+
+
+@pytest.mark.parametrize("core", [False, True])
+def test_struct_pages_that_differ_from_a_block_on(sections, monkeypatch, core):
+    monkeypatch.setattr(memmap, "_BLOCK_PAGES", 100)
+    made_up, words = sections
+    for word, change in ((0, 0x1000), (1, 1), (3, 1), (4, 1), (6, 1)):
+        spoilt, pfns = words.copy(), np.arange(300)
+        spoilt[pfns, 4] = pfns
+        spoilt[100:, word] ^= np.uint64(change)
+        put_words(made_up, spoilt, core)
+        assert uniform(made_up, pfns) is None, word
+        assert uniform(made_up, pfns[:100]) is not None
+
+
+def test_struct_pages_that_cannot_be_read_are_not_said_to_be_alike(sections):
+    made_up, words = sections
+    put_words(made_up, words[:600], core=False)
+    assert uniform(made_up, np.arange(500, 700)) is None
+    assert uniform(made_up, np.arange(1 << 51, (1 << 51) + 200)) is None

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Many pages that are alike: judged by one of them, they are judged as each by itself."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from kvirt.checks import registry
+from kvirt.checks.process import ProcessChecker
+from kvirt.checks.sorting import ZERO, Sorter
+from kvirt.checks.uniform import Uniform
+from kvirt.mm import pagetable
+from kvirt.mm.pagetable import absent_entry
+from tests.unit.checks.test_process import (
+    ANON_VMA,
+    AVC,
+    LAYOUT,
+    LEAF,
+    MM,
+    PFN,
+    START,
+    TABLE,
+    VMA,
+    Process,
+    leaf,
+)
+from tests.unit.fake import VMEMMAP
+
+TABLES = 8
+PAGES = TABLES * 512
+EXCLUSIVE = LAYOUT.pg_anon_exclusive
+
+
+class Large(Process):
+    """One VMA of thousands of anonymous pages, of which some entries and struct pages can be changed."""
+
+    def __init__(self):
+        super().__init__()
+        end = START + PAGES * 4096
+        self.memory.put_struct(LAYOUT.vma, VMA, self.vma | {"vm_end": end})
+        words = leaf()
+        words[2] = end - 1
+        self.memory.put_words(LEAF, words)
+        self.memory.put_words(AVC + LAYOUT.anon_tree.subtree_last, [(START >> 12) + PAGES - 1])
+        # The lowest but one, which led to one table.
+        lowest = [0x300000 + 4096 * i | TABLE for i in range(TABLES)]
+        self.memory.put_words(0x201000, lowest + [0] * (512 - TABLES), physical=True)
+        self.entries = np.array([PFN + i << 12 | TABLE for i in range(PAGES)], dtype="<u8")
+        self.pages = np.zeros((PAGES + 16, 8), dtype="<u8")
+        self.pages[:, 0] = EXCLUSIVE
+        self.pages[:, 3] = ANON_VMA | 1
+        self.pages[:, 4] = (START >> 12) + np.arange(len(self.pages))
+
+    def check(self, moves=False):
+        self.memory.put(0x300000, self.entries.tobytes(), physical=True)
+        self.memory.put(VMEMMAP + PFN * 64, self.pages.tobytes())
+        return ProcessChecker(self.memory.prog, LAYOUT, moves=moves).check(MM)
+
+
+# What can be done to the page in the middle, or to its entry; and whether anything is said of it then.
+AT = PAGES // 2
+DAMAGES = {
+    "nothing": (lambda made: None, False),
+    "index": (lambda made: change(made, 4, 1), True),
+    "mapping of another anon_vma": (lambda made: change(made, 3, 1 << 20), True),
+    "mapping of a file": (lambda made: change(made, 3, 1), True),
+    "KSM": (lambda made: change(made, 3, 2), True),
+    "exclusive, and mapped twice": (lambda made: change(made, 6, 1), True),
+    "a tail": (lambda made: change(made, 1, 1), True),
+    "a head": (lambda made: change(made, 0, LAYOUT.pg_head), True),
+    "poisoned": (lambda made: change(made, 0, LAYOUT.pg_hwpoison), True),
+    "a flag that nobody asks for": (lambda made: change(made, 0, 1 << 50), False),
+    "not exclusive": (lambda made: change(made, 0, EXCLUSIVE), False),
+    "an entry that was accessed": (lambda made: entry(made, made.entries[AT] ^ 0x20), False),
+    "a special entry": (lambda made: entry(made, made.entries[AT] | 0x200), True),
+    "a swap entry": (lambda made: entry(made, absent_entry(LAYOUT.pgtable, 0, 5)), True),
+    "an empty entry": (lambda made: entry(made, 0), True),
+    "an empty entry, and pages that moved up": (lambda made: move_up(made), True),
+    "an entry of PROT_NONE": (lambda made: entry(made, int(prot_none(made.entries[AT]))), False),
+    "the page before once more": (lambda made: entry(made, made.entries[AT - 1]), True),
+    "the zero page": (lambda made: entry(made, LAYOUT.zero_pfn << 12 | TABLE), True),
+    "a page frame beyond all memory": (lambda made: entry(made, (1 << 51) | TABLE), True),
+}
+
+
+def change(made, word, bits):
+    made.pages[AT, word] ^= np.uint64(bits)
+
+
+def entry(made, value):
+    made.entries[AT] = value
+
+
+def move_up(made):
+    made.entries[AT + 1 :] = made.entries[AT:-1].copy()
+    made.entries[AT] = 0
+
+
+def prot_none(entries):
+    """Such entries hold their address inverted."""
+    return (entries ^ np.uint64(((1 << 52) - 1) ^ 0xFFF)) & ~np.uint64(0xFFF) | np.uint64(0x100)
+
+
+def said(result):
+    return result.findings, asdict(result.pages), result.incomplete
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """How many entries are judged at once, each time."""
+    numbers = []
+    sort = Sorter.sort
+    monkeypatch.setattr(
+        Sorter, "sort", lambda self, leaves, counts: numbers.append(len(leaves)) or sort(self, leaves, counts)
+    )
+    return numbers
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_all_are_judged_as_each(monkeypatch, judged, damage, moves):
+    made = Large()
+    healthy = said(made.check(moves))
+    spoil, shows = DAMAGES[damage]
+    spoil(made)
+    found = said(made.check(moves))
+    assert (found != healthy) == shows
+    monkeypatch.setattr(Uniform, "judge", lambda self, leaves, judge: None)
+    judged.clear()
+    assert said(made.check(moves)) == found
+    assert max(judged) > PAGES // 4
+
+
+def test_one_is_judged_for_all(judged):
+    made = Large()
+    counts = made.check().pages
+    assert judged == [1]
+    assert (counts.present, counts.anon, counts.checked, counts.verified) == (PAGES,) * 4
+    judged.clear()
+    entries = made.entries
+    made.entries = prot_none(entries)
+    assert made.check().pages == counts
+    assert judged == [1]
+    made.entries = entries
+    # All of them are wrong alike: each is looked at.
+    judged.clear()
+    made.pages[:, 4] += 1
+    [finding] = made.check().findings
+    assert (finding.id, finding.pages) == ("FOLIO-INDEX", PAGES)
+    assert judged == [1, PAGES]
+
+
+def test_what_was_judged_once_is_not_said_of_others(judged, monkeypatch):
+    monkeypatch.setattr(pagetable, "_TABLES", TABLES // 2)
+    made = Large()
+    assert made.check().pages.verified == PAGES
+    assert judged == [1]
+    made.pages[AT:, 4] += 1
+    [finding] = made.check().findings
+    assert (finding.id, finding.address, finding.pages) == ("FOLIO-INDEX", START + AT * 4096, PAGES - AT)
+
+
+def test_zero_page_is_none_of_them():
+    made = Large()
+    made.check()
+    layout = replace(LAYOUT, zero_pfn=PFN + AT)
+    counts = ProcessChecker(made.memory.prog, layout, moves=False).check(MM).pages
+    assert counts.skipped == {ZERO: 1}
+    assert counts.verified == PAGES - 1
+
+
+def test_where_a_page_is_may_matter(judged, monkeypatch):
+    check = registry.CHECKS["FOLIO-RMAP-REACH"]
+    monkeypatch.setitem(registry.CHECKS, check.id, replace(check, by_place=lambda table: True))
+    Large().check()
+    assert judged == [PAGES]
+
+
+def test_who_watches_pages_is_given_each(judged):
+    made, watched = Large(), []
+    made.check()
+    judged.clear()
+    ProcessChecker(made.memory.prog, LAYOUT, moves=False, watch=watched.append).check(MM)
+    assert judged == [PAGES]
+    assert sum(len(batch.address) for batch in watched) == PAGES

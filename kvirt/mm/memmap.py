@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, RUN, Core, Places, Things, core_of, neighbours
+from kvirt.memory import PAGE_BYTES, Core, Places, Things, core_of, neighbours
 from kvirt.mm.arrays import Column, is_constant
 from kvirt.mm.pagetable import U64, Bool, kernel_huge_page
 
@@ -172,35 +172,38 @@ class _Uniform:
 
         :param numbers: which of them each is, in the order in which they are looked at; None for that itself
         """
-        self._layout, self._numbers = layout, numbers
-        order = layout.page_dtype.names or ()
-        self._members = [(name, order.index(name), masks.get(name, -1)) for name in names]
-        self._values: list[int] = []
+        self._dtype, self._numbers = layout.page_dtype, numbers
+        self._masks = {name: masks.get(name, -1) for name in names}
+        self._values: dict[str, Any] = {}
         # The index of the first of them, and how many were looked at.
         self._base, self._seen = np.uint64(0), 0
 
     def look(self, things: Things) -> bool:
         """Whether some more are like those before."""
-        every, some = _agreement(things, self._layout)
-        if any((every[at] ^ some[at]) & mask for _, at, mask in self._members):
-            return False
-        values = [every[at] & mask for _, at, mask in self._members]
+        pages = things.view(self._dtype)
+        for name, mask in self._masks.items():
+            column = pages[name]
+            if not column.flags.aligned:
+                # As bytes: a core's memory may begin at any multiple of four, and numpy is slow with that.
+                column = column.copy()
+            if mask != -1:
+                column = column & self._dtype[name].type(mask)
+            if not (column == self._values.setdefault(name, column[0])).all():
+                return False
         begin, self._seen = self._seen, self._seen + len(things)
-        # Copied as bytes: numpy is slow to compute with what is not aligned.
-        base = things.view(self._layout.page_dtype)["index"].copy()
+        base = pages["index"].copy()
         if self._numbers is None:
             base -= _ramp()[: len(base)]
             base -= np.uint64(begin)
         else:
             base -= self._numbers[begin : self._seen].view(np.uint64)
         if not begin:
-            self._values, self._base = values, base[0]
-        return values == self._values and bool((base == self._base).all())
+            self._base = base[0]
+        return bool((base == self._base).all())
 
     def members(self) -> dict[str, int]:
         """What they have in common, and the index of the first."""
-        names = (name for name, _, _ in self._members)
-        return {**dict(zip(names, self._values, strict=True)), "index": int(self._base)}
+        return {**{name: int(value) for name, value in self._values.items()}, "index": int(self._base)}
 
 
 @functools.cache
@@ -228,10 +231,12 @@ def read_uniform(
     core = core_of(prog)
     if core is None:
         starts = _starts(pfns)
-        if len(starts) * RUN > len(pfns) and len(starts) > 1:
+        if len(starts) * _SCATTERED > len(pfns) and len(starts) > 1:
             return None
         lengths = np.diff(starts, append=len(pfns))
         runs, numbers = _in_order(_Places(pfns[starts].view(np.int64), lengths))
+        if len(runs.first) * _GAP_PAGES > len(pfns) and len(runs.first) > 1:
+            return None
         uniform = _Uniform(layout, names, masks, numbers)
         whole = _Reader(prog, layout).each_block(runs, uniform.look)
         return uniform.members() if whole else None

@@ -303,8 +303,8 @@ def test_struct_pages_that_differ_in_their_index_alone(sections, pfns, core):
     put_words(made_up, words, core)
     first = int(words[pfns[0], 4])
     expected = {"flags": 0x1000, "compound": 0, "mapping": 0x8888, "mapcount": -1, "index": first}
-    # Through drgn nothing is said of many runs.
-    given_up = not core and np.count_nonzero(np.diff(pfns) != 1) * 64 > len(pfns)
+    # Through drgn nothing is said of many runs, in whatever order.
+    given_up = not core and np.count_nonzero(np.diff(np.sort(pfns)) != 1) * 256 > len(pfns)
     assert uniform(made_up, pfns) == (None if given_up else expected)
 
 

@@ -9,6 +9,7 @@ process has one guest at a time, and that of a dump ends with the dumping.
 import contextlib
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def turn(item):
     if name == "legacy guest":
         return 5
     return 6 + OWN_GUESTS.index(name) if name in OWN_GUESTS else 0
+
+
+def pytest_configure(config):
+    """Have Ctrl-C be what it is in a terminal.
+
+    Who runs the tests in the background may have it ignored, and so would all programs that they start.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -138,7 +138,10 @@ def test_whatever_happens(path, how):
         if how != "raise":
             # As a terminal does it, to all of them.
             os.killpg(child.pid, how)
-        assert child.wait(10) != 0
+        try:
+            assert child.wait(10) != 0
+        finally:
+            child.kill()
     qemu.hang_up()
     assert qemu.status == "running"
     assert qemu.told[-2:] == ["stop", "cont"]

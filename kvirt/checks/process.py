@@ -24,13 +24,14 @@ from kvirt.checks.registry import (
     VmaTable,
     all_checks,
 )
-from kvirt.checks.sorting import DOUBTS, SWAPPED, Sorter
+from kvirt.checks.sorting import DOUBTS, SWAPPED, Sorted, Sorter
 from kvirt.checks.uniform import Uniform
 from kvirt.filtered import is_filtered
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
 from kvirt.memory import core_of
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
+from kvirt.mm.folio import Folios
 from kvirt.mm.i_mmap import FileTrees
 from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf, join
 from kvirt.mm.vma import Vma
@@ -323,9 +324,9 @@ class ProcessChecker:
         uniform = None if each else Uniform(self.prog, self.layout, table, sorter)
         seen: dict[int, int] = {}
 
-        def judge(leaves: Leaves) -> PageCounts | None:
+        def judge(leaves: Leaves, folios: Folios) -> PageCounts | None:
             alone = _Pass(into.space)
-            self._judge(alone, sorter, leaves, alone.pages, {}, None)
+            self._judge(alone, sorter.sort(leaves, alone.pages, folios), {}, None)
             return None if alone.suspects() else alone.pages
 
         try:
@@ -335,7 +336,7 @@ class ProcessChecker:
                 if same is not None:
                     counts.add(same)
                 else:
-                    self._judge(into, sorter, leaves, counts, seen, watch)
+                    self._judge(into, sorter.sort(leaves, counts), seen, watch)
         except drgn.FaultError as error:
             into.unreadable = str(error)
         return seen
@@ -343,14 +344,11 @@ class ProcessChecker:
     def _judge(
         self,
         into: _Pass,
-        sorter: Sorter,
-        leaves: Leaves,
-        counts: PageCounts,
+        sorted_: Sorted,
         seen: dict[int, int],
         watch: Callable[[PageBatch], None] | None,
     ) -> None:
         """Check the pages behind some entries; those that look wrong are added to *seen*."""
-        sorted_ = sorter.sort(leaves, counts)
         for reason, doubtful in sorted_.doubts:
             room = max(0, HITS_MAX - len(into.doubts))
             for address, entry in zip(

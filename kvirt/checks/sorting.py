@@ -12,7 +12,7 @@ from kvirt.checks.registry import EntryBatch, PageBatch, VmaTable, within_hugetl
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
 from kvirt.mm.arrays import each, pick, take
-from kvirt.mm.folio import read_folios
+from kvirt.mm.folio import Folios, read_folios
 from kvirt.mm.ksm import Ksm, RmapItems
 from kvirt.mm.memmap import read_struct_pages
 from kvirt.mm.pagetable import (
@@ -112,12 +112,15 @@ class Sorter:
             reason: np.array([name == kind for name in names]) for kind, reason in _NO_PAGE.items()
         }
 
-    def sort(self, leaves: Leaves, counts: PageCounts) -> Sorted:
-        """Sort out what cannot be judged, count it, and read the folios of the rest."""
+    def sort(self, leaves: Leaves, counts: PageCounts, folios: Folios | None = None) -> Sorted:
+        """Sort out what cannot be judged, count it, and read the folios of the rest.
+
+        :param folios: those behind the entries, which are all present, if they were read with them
+        """
         counter = _Counter(counts, leaves.pages)
         present = leaf_present(leaves)
         if present.all():
-            batch, batch_leaves = self._sort_pages(leaves, present, counts, counter)
+            batch, batch_leaves = self._sort_pages(leaves, present, counts, counter, folios)
             return Sorted(batch, batch_leaves, [], counter.doubts)
         type_ = swap_type(leaves)
         for reason, types in self._no_page.items():
@@ -130,7 +133,12 @@ class Sorter:
         return Sorted(batch, batch_leaves, [swapped, stand_ins], counter.doubts)
 
     def _sort_pages(
-        self, leaves: Leaves, present: Bool, counts: PageCounts, counter: _Counter
+        self,
+        leaves: Leaves,
+        present: Bool,
+        counts: PageCounts,
+        counter: _Counter,
+        folios: Folios | None = None,
     ) -> tuple[PageBatch, Leaves]:
         """Entries that map or stand for pages in memory."""
         layout, table, size = self._layout, self._table, leaves.pages
@@ -149,11 +157,13 @@ class Sorter:
             keep = ~(zero | special | no_vma)
             leaves, pfn, row = leaves.take(keep), take(pfn, keep), take(row, keep)
             present = take(present, keep)
+            folios = None if folios is None else folios.take(keep)
         if not present.all():
             # All entries of a hugetlb page stand for its first page: set_huge_pte_at()
             pfn = np.where(present, pfn, pfn + within_hugetlb(table, leaves.address, row))
 
-        folios = read_folios(self._prog, layout, pfn)
+        if folios is None:
+            folios = read_folios(self._prog, layout, pfn)
         poisoned = folios.has(layout.pg_hwpoison)
         anon = folios.is_anon()
         ordinary = anon.all() and folios.readable.all() and not poisoned.any()

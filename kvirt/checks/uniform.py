@@ -18,11 +18,17 @@ from kvirt.checks.sorting import Sorter
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
 from kvirt.mm.arrays import is_constant
-from kvirt.mm.folio import FOLIO_MAPPING_ANON, FOLIO_MAPPING_FLAGS, read_uniform_folios
+from kvirt.mm.folio import FOLIO_MAPPING_ANON, FOLIO_MAPPING_FLAGS, Folios, read_uniform_folios
 from kvirt.mm.pagetable import Leaves, leaf_pfn
+from kvirt.pgtable import PageTables
 
 _FILE_OR_ANON = (0, int(FOLIO_MAPPING_ANON))
 _ULONG_MAX = (1 << 64) - 1
+
+
+def _matter(tables: PageTables) -> int:
+    """The bits of an entry by which it is judged, besides its page frame."""
+    return tables.present[0] | tables.special | tables.valid
 
 
 class Uniform:
@@ -32,40 +38,55 @@ class Uniform:
         self._prog, self._layout, self._table, self._sorter = prog, layout, table, sorter
         self._known: dict[tuple[int, ...], PageCounts | None] = {}
 
-    def judge(self, leaves: Leaves, judge: Callable[[Leaves], PageCounts | None]) -> PageCounts | None:
+    def judge(
+        self, leaves: Leaves, judge: Callable[[Leaves, Folios], PageCounts | None]
+    ) -> PageCounts | None:
         """Judge entries by the first of them; returns how they count, None if each has to be looked at.
 
-        :param judge: judges entries; None if anything is not as it should be
+        :param judge: judges entries by their folios; None if anything is not as it should be
         """
-        kind = self._kind(leaves)
-        if kind is None:
+        folio = self._first(leaves)
+        if folio is None:
             return None
+        kind = self._kind(leaves, folio)
         if kind not in self._known:
-            self._known[kind] = judge(leaves.part(slice(0, 1)))
+            # By what was compared: while the kernel runs, another reading may be of another page.
+            self._known[kind] = judge(leaves.part(slice(0, 1)), folio)
         one = self._known[kind]
         return None if one is None else one.times(len(leaves))
 
-    def _kind(self, leaves: Leaves) -> tuple[int, ...] | None:
-        """What the pages of some entries are, all of which are it; None if they are not all the same."""
-        number, layout, tables = len(leaves), self._layout, leaves.tables
+    def _first(self, leaves: Leaves) -> Folios | None:
+        """The folio behind the first of some entries; None if they are not all alike."""
+        number, layout = len(leaves), self._layout
         if leaves.level or number < MANY:
             return None
         row = self._table.find(leaves.address)
         first, last = leaves.address[[0, -1]].tolist()
         if not is_constant(row) or row[0] < 0 or last - first != (number - 1) << layout.page_shift:
             return None
-        matter = tables.present[0] | tables.special | tables.valid
+        matter = _matter(leaves.tables)
         every = int(np.bitwise_and.reduce(leaves.entry)) & matter
         some = int(np.bitwise_or.reduce(leaves.entry)) & matter
-        if every != some or not every & tables.present[0]:
+        if every != some or not every & leaves.tables.present[0]:
             return None
         pfns = leaf_pfn(leaves)
         if self._sorter.any_zero(pfns, 0):
             return None
         folio = read_uniform_folios(self._prog, layout, pfns)
         # What KSM remembers is of each page by itself.
-        if folio is None or folio["mapping"] & int(FOLIO_MAPPING_FLAGS) not in _FILE_OR_ANON:
+        if folio is None or int(folio.mapping[0] & FOLIO_MAPPING_FLAGS) not in _FILE_OR_ANON:
             return None
+        return folio
+
+    def _kind(self, leaves: Leaves, folio: Folios) -> tuple[int, ...]:
+        """What alike entries have in common, but for their place, that a check may ask for."""
         # Where the index of a page at address 0 would begin: the same for all that rise with their addresses.
-        folio["index"] = folio["index"] - (first >> layout.page_shift) & _ULONG_MAX
-        return int(row[0]), every, *folio.values()
+        index = int(folio.index[0]) - (int(leaves.address[0]) >> self._layout.page_shift) & _ULONG_MAX
+        return (
+            int(self._table.find(leaves.address[:1])[0]),
+            int(leaves.entry[0]) & _matter(leaves.tables),
+            int(folio.flags[0]),
+            int(folio.mapping[0]),
+            int(folio.page_mapcount[0]),
+            index,
+        )

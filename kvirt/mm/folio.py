@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvirt.layout import Layout
 from kvirt.mm.arrays import any_bits, compact, constant, each, runs, take
-from kvirt.mm.memmap import read_struct_pages, read_uniform
+from kvirt.mm.memmap import Members, read_struct_pages, read_uniform
 from kvirt.mm.pagetable import U64, Bool
 
 I64 = npt.NDArray[np.int64]
@@ -103,24 +103,10 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
     """
     masks, unless = {"flags": layout.pg_known}, {"compound": _TAIL}
     pages, readable = read_struct_pages(prog, layout, pfns, _PAGE, masks, unless)
-    number = len(pfns)
     flags = compact(pages["flags"])
     if not any_bits(pages["compound"]) & _TAIL and not any_bits(flags) & layout.pg_head:
         # All of them small, as most are.
-        zero = constant(np.int64(0), number)
-        return Folios(
-            readable=readable,
-            flags=flags,
-            head=pfns,
-            mapping=compact(pages["mapping"]),
-            index=pages["index"],
-            astray=constant(np.bool_(False), number),
-            large=constant(np.bool_(False), number),
-            nr_pages=constant(np.int64(1), number),
-            page_mapcount=each(_counter, compact(pages["mapcount"])),
-            entire_mapcount=zero,
-            large_mapcount=zero,
-        )
+        return _small(pfns, readable, pages | {"flags": flags})
     tail = (pages["compound"] & np.uint64(_TAIL)) != 0
     heads = _heads(layout, pfns, pages["compound"].astype(np.uint64), tail)
     # Pages of one folio are mostly neighbours.
@@ -147,19 +133,43 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
     )
 
 
-def read_uniform_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> dict[str, int] | None:
-    """What small folios have in common, if nothing that :func:`read_folios` tells differs but their index.
+def read_uniform_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios | None:
+    """The first of many small folios that differ in nothing that :func:`read_folios` tells but their place.
 
-    That rises by one from each to the next.
+    That is in their page frames, and in an index that rises by one from each to the next.
 
     :param pfns: at least one
-    :returns: some numbers by name, ``index`` of the first among them; None if they differ in more, or if that
-        is not found out quickly
+    :returns: one folio, as it was when it was compared; None if they differ in more, or if that is not found
+        out quickly
     """
     names = [name for name in _PAGE if name != "index"]
     common = read_uniform(prog, layout, pfns, names, {"flags": layout.pg_known, "compound": _TAIL})
-    large = common is not None and (common["compound"] or common["flags"] & layout.pg_head)
-    return None if large else common
+    if common is None or common["compound"] or common["flags"] & layout.pg_head:
+        return None
+    first = {name: np.array([value], dtype=layout.page_dtype[name]) for name, value in common.items()}
+    return _small(pfns[:1], np.ones(1, dtype=bool), first)
+
+
+def _small(pfns: U64, readable: Bool, pages: Members) -> Folios:
+    """Folios of one page each.
+
+    :param pages: what their struct pages say, by names of *_PAGE*
+    """
+    number = len(pfns)
+    zero = constant(np.int64(0), number)
+    return Folios(
+        readable=readable,
+        flags=pages["flags"],
+        head=pfns,
+        mapping=compact(pages["mapping"]),
+        index=pages["index"],
+        astray=constant(np.bool_(False), number),
+        large=constant(np.bool_(False), number),
+        nr_pages=constant(np.int64(1), number),
+        page_mapcount=each(_counter, compact(pages["mapcount"])),
+        entire_mapcount=zero,
+        large_mapcount=zero,
+    )
 
 
 def _heads(layout: Layout, pfns: U64, compound: U64, tail: Bool) -> U64:

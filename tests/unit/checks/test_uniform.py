@@ -10,6 +10,7 @@ from kvirt.checks import registry
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.sorting import ZERO, Sorter
 from kvirt.checks.uniform import Uniform
+from kvirt.findings import Severity
 from kvirt.mm import pagetable
 from kvirt.mm.pagetable import absent_entry
 from tests.unit.checks.test_process import (
@@ -23,7 +24,9 @@ from tests.unit.checks.test_process import (
     TABLE,
     VMA,
     Process,
+    index_at,
     leaf,
+    word,
 )
 from tests.unit.fake import VMEMMAP
 
@@ -52,9 +55,11 @@ class Large(Process):
         self.pages[:, 3] = ANON_VMA | 1
         self.pages[:, 4] = (START >> 12) + np.arange(len(self.pages))
 
-    def check(self, moves=False):
+    def check(self, moves=False, torn=()):
         self.memory.put(0x300000, self.entries.tobytes(), physical=True)
         self.memory.put(VMEMMAP + PFN * 64, self.pages.tobytes())
+        for address, states in torn:
+            self.changing(address, states)
         return ProcessChecker(self.memory.prog, LAYOUT, moves=moves).check(MM)
 
 
@@ -102,6 +107,10 @@ def prot_none(entries):
     return (entries ^ np.uint64(((1 << 52) - 1) ^ 0xFFF)) & ~np.uint64(0xFFF) | np.uint64(0x100)
 
 
+def mapping_at(i):
+    return VMEMMAP + (PFN + i) * 64 + 24
+
+
 def said(result):
     return result.findings, asdict(result.pages), result.incomplete
 
@@ -112,7 +121,7 @@ def judged(monkeypatch):
     numbers = []
     sort = Sorter.sort
     monkeypatch.setattr(
-        Sorter, "sort", lambda self, leaves, counts: numbers.append(len(leaves)) or sort(self, leaves, counts)
+        Sorter, "sort", lambda self, leaves, *rest: numbers.append(len(leaves)) or sort(self, leaves, *rest)
     )
     return numbers
 
@@ -159,6 +168,29 @@ def test_what_was_judged_once_is_not_said_of_others(judged, monkeypatch):
     made.pages[AT:, 4] += 1
     [finding] = made.check().findings
     assert (finding.id, finding.address, finding.pages) == ("FOLIO-INDEX", START + AT * 4096, PAGES - AT)
+
+
+def test_others_are_judged_by_what_was_compared(judged, monkeypatch):
+    monkeypatch.setattr(pagetable, "_TABLES", TABLES // 2)
+    made, good = Large(), START >> 12
+    made.pages[:, 4] += 1
+    # The first page is another one by the time that it would be read again.
+    result = made.check(moves=True, torn=[(index_at(0), [word(good + 1), word(good)])])
+    assert judged[:3] == [1, PAGES // 2, PAGES // 2]
+    found = {(finding.id, finding.severity, finding.pages) for finding in result.findings}
+    assert found == {("FOLIO-INDEX", Severity.ERROR, PAGES - 1)}
+
+
+def test_page_that_is_given_up_once_it_was_compared_counts_for_itself():
+    made, file = Large(), 0xFFFF888000950000
+    mapping = file + 64
+    made.memory.put(file, bytes(4096))
+    made.memory.put(file + LAYOUT.file.offset("f_mapping"), word(mapping))
+    # Without a VMA's own operations or file, nobody takes such pages for a driver's.
+    vma = made.vma | {"vm_end": START + PAGES * 4096, "vm_ops": 0xFFFFFFFF81000000, "vm_file": file}
+    made.memory.put_struct(LAYOUT.vma, VMA, vma)
+    counts = made.check(moves=True, torn=[(mapping_at(0), [word(ANON_VMA | 1), word(0)])]).pages
+    assert (counts.verified, counts.skipped) == (PAGES, {})
 
 
 def test_zero_page_is_none_of_them():

@@ -64,6 +64,9 @@ class Uniform:
         first, last = leaves.address[[0, -1]].tolist()
         if not is_constant(row) or row[0] < 0 or last - first != (number - 1) << layout.page_shift:
             return None
+        if self._table.hugetlb_order[row[0]] and not layout.hugetlb_index_in_pages:
+            # Indexes that rise by one are not what is expected there.
+            return None
         matter = _matter(leaves.tables)
         every = int(np.bitwise_and.reduce(leaves.entry)) & matter
         some = int(np.bitwise_or.reduce(leaves.entry)) & matter

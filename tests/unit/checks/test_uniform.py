@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from kvirt.checks import registry
+from kvirt.checks import process, registry
 from kvirt.checks.process import ProcessChecker
+from kvirt.checks.registry import VmaTable
 from kvirt.checks.sorting import ZERO, Sorter
 from kvirt.checks.uniform import Uniform
 from kvirt.findings import Severity
@@ -191,6 +192,22 @@ def test_page_that_is_given_up_once_it_was_compared_counts_for_itself():
     made.memory.put_struct(LAYOUT.vma, VMA, vma)
     counts = made.check(moves=True, torn=[(mapping_at(0), [word(ANON_VMA | 1), word(0)])]).pages
     assert (counts.verified, counts.skipped) == (PAGES, {})
+
+
+def test_index_that_rises_where_huge_pages_are_counted(monkeypatch):
+    class Hugetlb(VmaTable):
+        def __init__(self, *about):
+            super().__init__(*about)
+            self.hugetlb_order[:] = 9
+
+    monkeypatch.setattr(process, "VmaTable", Hugetlb)
+    made = Large()
+    # Right for the first page alone.
+    made.pages[:, 4] = (START >> 21) + np.arange(len(made.pages))
+    layout = replace(LAYOUT, hugetlb_index_in_pages=False)
+    made.check()
+    findings = ProcessChecker(made.memory.prog, layout, moves=False).check(MM).findings
+    assert sum(finding.pages for finding in findings if finding.id == "FOLIO-INDEX") == PAGES - 1
 
 
 def test_zero_page_is_none_of_them():

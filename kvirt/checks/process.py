@@ -380,7 +380,8 @@ class ProcessChecker:
                 if self.moves or leaves.level or len(few) >= MANY:
                     yield few
                     continue
-                left.append(few)
+                # All that they were read with is not to be kept until then: of each 256 MiB a MiB.
+                left.append(few.copy())
                 if sum(map(len, left)) >= _LEFT_MAX:
                     yield join(left)
                     left.clear()

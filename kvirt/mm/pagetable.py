@@ -62,6 +62,10 @@ class Leaves:
         """Neighbouring entries, in place."""
         return Leaves(self.address[which], self.entry[which], self.level, self.tables)
 
+    def copy(self) -> Leaves:
+        """The same without what else was read with them, which neighbouring entries in place keep."""
+        return Leaves(self.address.copy(), self.entry.copy(), self.level, self.tables)
+
     def take(self, mask: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Leaves:
         """Some of the entries."""
         if mask.dtype == np.bool_ and mask.all():

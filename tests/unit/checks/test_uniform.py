@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Many pages that are alike: judged by one of them, they are judged as each by itself."""
 
+import weakref
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -208,6 +209,35 @@ def test_index_that_rises_where_huge_pages_are_counted(monkeypatch):
     made.check()
     findings = ProcessChecker(made.memory.prog, layout, moves=False).check(MM).findings
     assert sum(finding.pages for finding in findings if finding.id == "FOLIO-INDEX") == PAGES - 1
+
+
+def test_what_is_left_for_later_keeps_nothing_that_it_was_read_with(monkeypatch):
+    monkeypatch.setattr(pagetable, "_TABLES", TABLES // 2)
+    made, end = Large(), START + (PAGES // 2 - 1) * 4096
+    # A page of the first tables is in no VMA.
+    made.memory.put_struct(LAYOUT.vma, VMA, made.vma | {"vm_end": end})
+    made.memory.put(LEAF + 16, word(end - 1))
+    blocks, kept = [], []
+
+    def walk(*about):
+        for leaves in pagetable.for_each_leaf(*about):
+            # Views are of whoever has the memory.
+            owner = leaves.address if leaves.address.base is None else leaves.address.base
+            blocks.append(weakref.ref(owner))
+            yield leaves
+
+    def sort(sorter, leaves, *rest):
+        kept.append((len(leaves), len(blocks), blocks[0]() is not None))
+        return sorted_(sorter, leaves, *rest)
+
+    sorted_ = Sorter.sort
+    monkeypatch.setattr(process, "for_each_leaf", walk)
+    for module in (registry, process):
+        monkeypatch.setattr(module, "MANY", 100)
+    monkeypatch.setattr(Sorter, "sort", sort)
+    made.check()
+    assert kept[0] == (PAGES // 2 - 1, 1, True)
+    assert kept[-1] == (1, 2, False)
 
 
 def test_zero_page_is_none_of_them():

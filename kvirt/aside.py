@@ -27,19 +27,26 @@ def _put_off() -> Iterator[None]:
     """
     came: list[int] = []
     handlers: dict[int, _Handler] = {}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Each of these calls runs the handlers of what has come before it, and a handler may raise.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                if callable(signal.getsignal(number)):
-                    handlers[number] = signal.signal(number, lambda it, frame: came.append(it))
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    handlers[number] = handler
+                    signal.signal(number, lambda it, frame: came.append(it))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for given, handler in handlers.items():
-            signal.signal(given, handler)
-        for again in came:
-            signal.raise_signal(again)
+        try:
+            for given, before in handlers.items():
+                signal.signal(given, before)
+            # Still blocked: they come when all is as it was, and none is lost if the first handler raises.
+            for again in came:
+                signal.raise_signal(again)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class Aside(Generic[T]):

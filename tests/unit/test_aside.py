@@ -121,3 +121,45 @@ def test_interrupted_when_it_has_just_begun(monkeypatch, elsewhere):
     assert (signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
     with pytest.raises(ProcessLookupError):
         os.kill(children[0], 0)
+
+
+def test_interrupted_before_it_begins(monkeypatch):
+    sigmask, before = signal.pthread_sigmask, signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def late(how, numbers):
+        done = sigmask(how, numbers)
+        if how == signal.SIG_BLOCK and numbers:
+            # It runs the handlers of what came before it.
+            raise KeyboardInterrupt
+        return done
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(signal, "pthread_sigmask", late)
+        run(os.getpid)
+    assert sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_all_that_comes_meanwhile_comes_afterwards(monkeypatch):
+    fork, came, idle = os.fork, [], threading.Event()
+    thread = threading.Thread(target=idle.wait)
+
+    def signalled():
+        pid = fork()
+        if pid:
+            # To a thread that does not block them.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.pthread_kill(thread.ident, number)
+            time.sleep(0.01)
+        return pid
+
+    thread.start()
+    monkeypatch.setattr(os, "fork", signalled)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(os.getpid)
+        assert came == [signal.SIGTERM]
+    finally:
+        idle.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)

@@ -562,13 +562,16 @@ def _note_pages(
 
 
 def _page_findings(hits: Iterable[_PageHit], transient: set[_Key], unsettled: bool) -> Iterator[Finding]:
-    """One finding for all pages of a VMA that are wrong in the same way, at the first of them."""
+    """One finding for all pages of a VMA that are wrong in the same way, at the first of them.
+
+    VMAs are in the order of their addresses, whichever of their pages were looked at first.
+    """
     groups: dict[tuple[str, int, int, Severity], list[_PageHit]] = {}
     for hit in hits:
         severity = Severity.TRANSIENT if unsettled or hit.key in transient else hit.severity
         key = hit.check.id, hit.vma, hit.check.alike(hit.expected, hit.actual), severity
         groups.setdefault(key, []).append(hit)
-    for (id_, _, _, severity), group in groups.items():
+    for (id_, _, _, severity), group in sorted(groups.items(), key=lambda item: item[1][0].range):
         first = min(group, key=lambda hit: hit.address)
         yield Finding(
             id_,

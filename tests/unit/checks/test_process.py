@@ -6,7 +6,7 @@ from functools import partial
 import drgn
 import pytest
 
-from kvirt.checks import patience, process
+from kvirt.checks import patience, process, registry
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.registry import VmaContext
 from kvirt.findings import Severity
@@ -551,3 +551,22 @@ def test_every_vma_is_looked_at_however_many_at_once(monkeypatch, at_once):
     made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "map_count": 2})
     [finding] = made_up.check(moves=False).findings
     assert (finding.id, finding.vma) == ("VMA-UNFAULTED-PGOFF", (start, start + 4096))
+
+
+def test_findings_on_pages_are_in_the_order_of_addresses(monkeypatch):
+    for module in (registry, process):
+        monkeypatch.setattr(module, "MANY", 2)
+    made_up = Process()
+    second, start, end = 0xFFFF888000060000, START + 4096, START + PAGES * 4096
+    head = second + LAYOUT.vma.offset("chain_next")
+    many = {"vm_start": start, "vm_end": end, "vm_mm": MM, "vm_flags": 0x73}
+    made_up.memory.put_struct(LAYOUT.vma, second, {**many, "chain_next": head, "chain_prev": head})
+    made_up.memory.put_struct(LAYOUT.vma, VMA, {**made_up.vma, "vm_end": start})
+    words = leaf()
+    words[2:5], words[18], words[31] = [start - 1, end - 1, MAX], second, 3
+    made_up.memory.put_words(LEAF, words)
+    made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "map_count": 2})
+    made_up.memory.put(index_at(0), word(0x1234))
+    # A dump's VMAs with few pages are looked at after those with many.
+    found = [finding for finding in made_up.check(moves=False).findings if finding.id == "FOLIO-INDEX"]
+    assert [(finding.address, finding.pages) for finding in found] == [(START, 1), (start, PAGES - 1)]

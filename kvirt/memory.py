@@ -15,7 +15,7 @@ import mmap
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import drgn
 import numpy as np
@@ -30,6 +30,40 @@ Things = npt.NDArray[np.void]
 T = TypeVar("T")
 # Where the first is, and the part of an array that it and those behind it are for.
 _Piece = tuple[int, int, int]
+
+
+class Runs(NamedTuple):
+    """Numbers, of page frames or places, of which many follow one another."""
+
+    first: Places
+    """The first of each run of neighbours."""
+    lengths: Places
+
+    @property
+    def total(self) -> int:
+        """How many numbers these are."""
+        return int(self.lengths.sum())
+
+    def each(self) -> Places:
+        """One number after the other."""
+        if len(self.first) == self.total:
+            return self.first
+        return neighbours(self.first, self.lengths)
+
+
+def runs_of(numbers: Places, scattered: int) -> Runs | None:
+    """Numbers in any order, as runs of those that follow one another.
+
+    :param numbers: at least one
+    :returns: None if there are several runs, and more than one of so many numbers is the first of one
+    """
+    breaks = numbers[1:] - numbers[:-1] != 1
+    several = int(np.count_nonzero(breaks))
+    if several and (several + 1) * scattered > len(numbers):
+        return None
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    return Runs(numbers[starts], np.diff(starts, append=len(numbers)))
+
 
 PAGE_BYTES = 4096
 _CACHE_KEY = "kvirt.core"
@@ -259,12 +293,12 @@ def neighbours(first: Places, lengths: Places) -> Places:
 
 def _copy(source: Things, at: Places, out: Things) -> None:
     """``out[:] = source[at]``."""
-    breaks = np.flatnonzero(at[1:] - at[:-1] != 1) + 1
-    if len(breaks) * RUN > len(at):
+    breaks = at[1:] - at[:-1] != 1
+    if int(np.count_nonzero(breaks)) * RUN > len(at):
         # Nothing is clipped: otherwise numpy would make a copy first, in case something is out of range.
         np.take(source, at, out=out, mode="clip")
         return
-    starts = [0, *breaks.tolist()]
+    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
     _copy_pieces(source, zip(at[starts].tolist(), starts, [*starts[1:], len(at)], strict=True), out)
 
 

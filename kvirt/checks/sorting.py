@@ -11,6 +11,7 @@ import numpy as np
 from kvirt.checks.registry import EntryBatch, PageBatch, VmaTable, within_hugetlb
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
+from kvirt.memory import Places
 from kvirt.mm.arrays import each, pick, take
 from kvirt.mm.folio import Folios, read_folios
 from kvirt.mm.ksm import Ksm, RmapItems
@@ -61,6 +62,8 @@ SWAPPED = (SWAP, READ_AHEAD, SWAP_NO_VMA, SWAP_UNKNOWN, SWAP_FOREIGN)
 # That of hwpoison does too, and nobody may look at the page.
 _STAND_IN = ("migration", "device-private", "device-exclusive")
 _NO_PAGE = {"hwpoison": HWPOISON, "marker": MARKER}
+
+Numbers = U64 | Places
 
 
 @dataclass(slots=True)
@@ -272,13 +275,18 @@ class Sorter:
         )
         return batch, leaves
 
-    def any_zero(self, pfn: U64, level: int) -> bool:
-        """Whether one of some page frames is a zero page."""
-        if level == 0 and self._layout.zero_pfn is not None and len(pfn):
-            first = self._layout.zero_pfn
-            if pfn.max() < first or pfn.min() >= first + self._layout.zero_pages:
-                return False
-        return bool(self._is_zero(pfn, level).any())
+    def any_zero(self, first: Numbers, level: int, lengths: Places | None = None) -> bool:
+        """Whether one of some page frames is a zero page.
+
+        :param lengths: of runs of them on level 0, if what is given is but the first of each
+        """
+        if level:
+            return bool(self._is_zero(first.view(np.uint64), level).any())
+        zero = self._layout.zero_pfn
+        if zero is None or not len(first) or first.min() >= zero + self._layout.zero_pages:
+            return False
+        last = first if lengths is None else first + lengths - 1
+        return bool(last.max() >= zero and ((last >= zero) & (first < zero + self._layout.zero_pages)).any())
 
     def _is_zero(self, pfn: U64, level: int) -> Bool:
         if level == 0 and self._layout.zero_pfn is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import drgn
-import numpy as np
 
 from kvirt.checks.registry import MANY, VmaTable
 from kvirt.checks.sorting import Sorter
@@ -19,7 +18,7 @@ from kvirt.findings import PageCounts
 from kvirt.layout import Layout
 from kvirt.mm.arrays import is_constant
 from kvirt.mm.folio import FOLIO_MAPPING_ANON, FOLIO_MAPPING_FLAGS, Folios, read_uniform_folios
-from kvirt.mm.pagetable import Leaves, leaf_pfn
+from kvirt.mm.pagetable import Leaves, read_alike
 from kvirt.pgtable import PageTables
 
 _FILE_OR_ANON = (0, int(FOLIO_MAPPING_ANON))
@@ -67,15 +66,13 @@ class Uniform:
         if self._table.hugetlb_order[row[0]] and not layout.hugetlb_index_in_pages:
             # Indexes that rise by one are not what is expected there.
             return None
-        matter = _matter(leaves.tables)
-        every = int(np.bitwise_and.reduce(leaves.entry)) & matter
-        some = int(np.bitwise_or.reduce(leaves.entry)) & matter
-        if every != some or not every & leaves.tables.present[0]:
+        alike = read_alike(leaves, _matter(leaves.tables))
+        if alike is None or not alike[0] & leaves.tables.present[0]:
             return None
-        pfns = leaf_pfn(leaves)
-        if self._sorter.any_zero(pfns, 0):
+        frames = alike[1]
+        if self._sorter.any_zero(frames.first, 0, frames.lengths):
             return None
-        folio = read_uniform_folios(self._prog, layout, pfns)
+        folio = read_uniform_folios(self._prog, layout, frames)
         # What KSM remembers is of each page by itself.
         if folio is None or int(folio.mapping[0] & FOLIO_MAPPING_FLAGS) not in _FILE_OR_ANON:
             return None

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
+from kvirt.memory import Runs
 from kvirt.mm.arrays import any_bits, compact, constant, each, runs, take
 from kvirt.mm.memmap import Members, read_struct_pages, read_uniform
 from kvirt.mm.pagetable import U64, Bool
@@ -133,21 +134,21 @@ def read_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios:
     )
 
 
-def read_uniform_folios(prog: drgn.Program, layout: Layout, pfns: U64) -> Folios | None:
+def read_uniform_folios(prog: drgn.Program, layout: Layout, frames: Runs) -> Folios | None:
     """The first of many small folios that differ in nothing that :func:`read_folios` tells but their place.
 
     That is in their page frames, and in an index that rises by one from each to the next.
 
-    :param pfns: at least one
+    :param frames: at least one
     :returns: one folio, as it was when it was compared; None if they differ in more, or if that is not found
         out quickly
     """
     names = [name for name in _PAGE if name != "index"]
-    common = read_uniform(prog, layout, pfns, names, {"flags": layout.pg_known, "compound": _TAIL})
+    common = read_uniform(prog, layout, frames, names, {"flags": layout.pg_known, "compound": _TAIL})
     if common is None or common["compound"] or common["flags"] & layout.pg_head:
         return None
     first = {name: np.array([value], dtype=layout.page_dtype[name]) for name, value in common.items()}
-    return _small(pfns[:1], np.ones(1, dtype=bool), first)
+    return _small(frames.first[:1].view(np.uint64), np.ones(1, dtype=bool), first)
 
 
 def _small(pfns: U64, readable: Bool, pages: Members) -> Folios:

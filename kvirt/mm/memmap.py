@@ -6,14 +6,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import drgn
 import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, Core, Places, Things, core_of, neighbours
+from kvirt.memory import PAGE_BYTES, Core, Places, Runs, Things, core_of, neighbours, runs_of
 from kvirt.mm.arrays import Column, is_constant
 from kvirt.mm.pagetable import U64, Bool, kernel_huge_page
 
@@ -78,7 +78,8 @@ def _read_struct_pages(
     sections = None if core is None else _sections(prog, layout, core)
     if core is None or sections is None or not len(pfns):
         return _read_any(prog, layout, pfns, names)
-    runs = sections.find_runs(pfns)
+    frames = runs_of(pfns.view(np.int64), _SCATTERED)
+    runs = None if frames is None else sections.find_runs(frames)
     if runs is not None:
         return _gather_runs(core, layout, runs, names, masks, unless), np.ones(len(pfns), dtype=bool)
     at = sections.find_near(pfns)
@@ -119,12 +120,12 @@ def _gather(core: Core, layout: Layout, at: Places, names: Sequence[str]) -> Mem
 def _gather_runs(
     core: Core,
     layout: Layout,
-    runs: _Places,
+    runs: Runs,
     names: Sequence[str],
     masks: Mapping[str, int],
     unless: Mapping[str, int],
 ) -> Members:
-    number, dtype = int(runs.lengths.sum()), layout.page_dtype
+    number, dtype = runs.total, layout.page_dtype
     columns = {name: Column(dtype[name], number, masks.get(name, -1), unless.get(name)) for name in names}
     order = [(dtype.names or ()).index(name) for name in names]
 
@@ -162,7 +163,7 @@ def _agreement(things: Things, layout: Layout) -> tuple[tuple[int, ...], tuple[i
     return both[0], both[1]
 
 
-class _Uniform:
+class _Common:
     """What struct pages have in common, as long as they differ in an index alone that rises by one."""
 
     def __init__(
@@ -182,21 +183,25 @@ class _Uniform:
         """Whether some more are like those before."""
         pages = things.view(self._dtype)
         for name, mask in self._masks.items():
-            column = pages[name]
-            if not column.flags.aligned:
-                # As bytes: a core's memory may begin at any multiple of four, and numpy is slow with that.
-                column = column.copy()
-            if mask != -1:
-                column = column & self._dtype[name].type(mask)
-            if not (column == self._values.setdefault(name, column[0])).all():
+            column, value = _aligned(pages[name]), self._values.get(name)
+            if mask == -1:
+                value = column[0] if value is None else value
+                alike = bool((column == value).all())
+            else:
+                # Without an array of what the mask leaves.
+                some = int(np.bitwise_or.reduce(column)) & mask
+                value = some if value is None else value
+                alike = some == value and (not some or int(np.bitwise_and.reduce(column)) & mask == some)
+            if not alike:
                 return False
+            self._values[name] = value
         begin, self._seen = self._seen, self._seen + len(things)
-        base = pages["index"].copy()
+        index = _aligned(pages["index"])
         if self._numbers is None:
-            base -= _ramp()[: len(base)]
+            base = index - _ramp()[: len(index)]
             base -= np.uint64(begin)
         else:
-            base -= self._numbers[begin : self._seen].view(np.uint64)
+            base = index - self._numbers[begin : self._seen].view(np.uint64)
         if not begin:
             self._base = base[0]
         return bool((base == self._base).all())
@@ -204,6 +209,11 @@ class _Uniform:
     def members(self) -> dict[str, int]:
         """What they have in common, and the index of the first."""
         return {**{name: int(value) for name, value in self._values.items()}, "index": int(self._base)}
+
+
+def _aligned(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy, if need be: a core's memory may begin at any multiple of four, and numpy is slow with that."""
+    return column if column.flags.aligned else column.copy()
 
 
 @functools.cache
@@ -214,7 +224,7 @@ def _ramp() -> U64:
 def read_uniform(
     prog: drgn.Program,
     layout: Layout,
-    pfns: U64,
+    frames: Runs,
     names: Sequence[str],
     masks: Mapping[str, int] = _NONE,
 ) -> dict[str, int] | None:
@@ -223,53 +233,48 @@ def read_uniform(
     That rises by one from each to the next. Nothing is said where one of the struct pages cannot be read, nor
     where drgn has to read them and page frames that follow one another make more than a few runs.
 
-    :param pfns: at least one
+    :param frames: at least one
     :param names: of ``layout.page_dtype``: the members that must agree
     :param masks: by name, the bits that must; all of them if it is not there
     :returns: by name; ``index`` is that of the first
     """
     core = core_of(prog)
     if core is None:
-        starts = _starts(pfns)
-        if len(starts) * _SCATTERED > len(pfns) and len(starts) > 1:
+        if _are_scattered(frames):
             return None
-        lengths = np.diff(starts, append=len(pfns))
-        runs, numbers = _in_order(_Places(pfns[starts].view(np.int64), lengths))
-        if len(runs.first) * _GAP_PAGES > len(pfns) and len(runs.first) > 1:
+        runs, numbers = _in_order(frames)
+        if len(runs.first) * _GAP_PAGES > frames.total and len(runs.first) > 1:
             return None
-        uniform = _Uniform(layout, names, masks, numbers)
-        whole = _Reader(prog, layout).each_block(runs, uniform.look)
-        return uniform.members() if whole else None
+        common = _Common(layout, names, masks, numbers)
+        whole = _Reader(prog, layout).each_block(runs, common.look)
+        return common.members() if whole else None
     sections = _sections(prog, layout, core)
     if sections is None:
         return None
-    found = sections.find_runs(pfns)
+    found = None if _are_scattered(frames) else sections.find_runs(frames)
     if found is not None:
         runs, numbers = _in_order(found)
-        uniform = _Uniform(layout, names, masks, numbers)
-        whole = core.each_block(runs.first, runs.lengths, layout.page.size, _BLOCK_PAGES, uniform.look)
-        return uniform.members() if whole else None
+        common = _Common(layout, names, masks, numbers)
+        whole = core.each_block(runs.first, runs.lengths, layout.page.size, _BLOCK_PAGES, common.look)
+        return common.members() if whole else None
+    pfns = frames.each().view(np.uint64)
     at = sections.find_near(pfns)
     if at is None:
         at = sections.find(pfns)
         if (at < 0).any():
             return None
-    uniform = _Uniform(layout, names, masks)
+    common = _Common(layout, names, masks)
     for start in range(0, len(at), _BLOCK_PAGES):
-        if not uniform.look(core.gather(at[start : start + _BLOCK_PAGES], layout.page.size)):
+        if not common.look(core.gather(at[start : start + _BLOCK_PAGES], layout.page.size)):
             return None
-    return uniform.members()
+    return common.members()
 
 
-class _Places(NamedTuple):
-    """Runs of struct pages that follow one another in a core."""
-
-    first: Places
-    """Where the first of each run is, in their size."""
-    lengths: Places
+def _are_scattered(runs: Runs) -> bool:
+    return len(runs.first) > 1 and len(runs.first) * _SCATTERED > runs.total
 
 
-def _in_order(runs: _Places) -> tuple[_Places, Places | None]:
+def _in_order(runs: Runs) -> tuple[Runs, Places | None]:
     """Longer runs that hold the same, in the order of the memmap, and which thing of the old runs each is.
 
     The kernel gives out large blocks from the last to the first: then all of them are one run.
@@ -281,7 +286,7 @@ def _in_order(runs: _Places) -> tuple[_Places, Places | None]:
     begins = (np.cumsum(runs.lengths) - runs.lengths)[order]
     numbers = neighbours(begins, lengths)
     starts = np.flatnonzero(np.append(True, first[1:] != first[:-1] + lengths[:-1]))
-    return _Places(first[starts], np.add.reduceat(lengths, starts)), numbers
+    return Runs(first[starts], np.add.reduceat(lengths, starts)), numbers
 
 
 class _Sections:
@@ -299,27 +304,18 @@ class _Sections:
         self._start = np.full((core.end >> self._bits) + 2, _UNKNOWN, dtype=np.int64)
         self._start[-1] = _NOWHERE
 
-    def find_runs(self, pfns: U64) -> _Places | None:
-        """Where runs of neighbours are; None if there are too many, or if one may be nowhere."""
-        starts = _starts(pfns)
-        if len(starts) * _SCATTERED > len(pfns) and len(starts) > 1:
-            return None
-        ends = np.append(starts[1:], len(pfns))
-        low, high = pfns[starts], pfns[ends - 1]
-        # Each section is somewhere else.
-        across = np.flatnonzero((low ^ high) >> np.uint64(self._bits))
-        cuts = [
-            start + boundary - low
-            for start, low, high in zip(
-                starts[across].tolist(), low[across].tolist(), high[across].tolist(), strict=True
-            )
-            for boundary in range((low | self._inside) + 1, high + 1, self._inside + 1)
-        ]
-        if cuts:
-            starts = np.sort(np.concatenate((starts, cuts)))
-            ends = np.append(starts[1:], len(pfns))
-        at = self.find(pfns[starts])
-        return None if (at < 0).any() else _Places(at, ends - starts)
+    def find_runs(self, frames: Runs) -> Runs | None:
+        """Where the struct pages of page frames are, in their size; None if one may be nowhere."""
+        # Each section is somewhere else: those that go beyond one are cut.
+        first, lengths = frames
+        last = first + lengths - 1
+        pieces = (last >> self._bits) - (first >> self._bits) + 1
+        if (pieces > 1).any():
+            section = neighbours(first >> self._bits, pieces)
+            first = np.maximum(np.repeat(first, pieces), section << self._bits)
+            lengths = np.minimum(np.repeat(last, pieces), section << self._bits | self._inside) - first + 1
+        at = self.find(first.view(np.uint64))
+        return None if (at < 0).any() else Runs(at, lengths)
 
     def find_near(self, pfns: U64) -> Places | None:
         """As :meth:`find`, of page frames not too far apart; None if they are, or if one may be nowhere."""
@@ -394,16 +390,8 @@ def _read_any(prog: drgn.Program, layout: Layout, pfns: U64, names: Sequence[str
 
 def _runs(pfns: U64) -> tuple[U64, U64] | None:
     """Runs of neighbours in their order: the first of each, and how many; None if these are short."""
-    starts = _starts(pfns)
-    if len(starts) * _GAP_PAGES > len(pfns) and len(starts) > 1:
-        return None
-    return pfns[starts], (np.append(starts[1:], len(pfns)) - starts).astype(np.uint64)
-
-
-def _starts(pfns: U64) -> npt.NDArray[np.intp]:
-    """Where page frames begin that follow one another."""
-    frames = pfns.view(np.int64)
-    return np.concatenate(([0], np.flatnonzero(frames[1:] - frames[:-1] != 1) + 1))
+    runs = runs_of(pfns.view(np.int64), _GAP_PAGES)
+    return None if runs is None else (runs.first.view(np.uint64), runs.lengths.view(np.uint64))
 
 
 def _near(pfns: U64) -> tuple[U64, U64]:
@@ -441,7 +429,7 @@ class _Reader:
             part = slice(start, min(start + _RUN_PAGES, valid))
             self._read(first + start, out[part], good[part])
 
-    def each_block(self, runs: _Places, look: Callable[[Things], bool]) -> bool:
+    def each_block(self, runs: Runs, look: Callable[[Things], bool]) -> bool:
         """As :meth:`kvirt.memory.Core.each_block`; False too if not all of it can be read."""
         room = np.empty(_BLOCK_PAGES, dtype=f"V{self._size}")
         filled = 0
@@ -455,12 +443,16 @@ class _Reader:
                 except drgn.FaultError:
                     return False
                 first, left = first + number, left - number
-                room[filled : filled + number] = np.frombuffer(data, dtype=room.dtype)
-                filled += number
-                if filled == len(room):
-                    if not look(room):
-                        return False
-                    filled = 0
+                things = np.frombuffer(data, dtype=room.dtype)
+                if number < len(room):
+                    # Short runs are put together first.
+                    room[filled : filled + number] = things
+                    filled += number
+                    if filled < len(room):
+                        continue
+                    things, filled = room, 0
+                if not look(things):
+                    return False
         return not filled or look(room[:filled])
 
     def _read(self, first: int, out: npt.NDArray[np.void], good: Bool) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, Core, core_of
+from kvirt.memory import PAGE_BYTES, Core, Runs, core_of, runs_of
 from kvirt.pgtable import PageTables, SwapFormat
 
 U64 = npt.NDArray[np.uint64]
@@ -50,6 +50,8 @@ class Leaves:
     tables: PageTables
     """What its bits mean."""
 
+    _breaks: Bool | None = field(default=None, init=False, repr=False)
+
     def __len__(self) -> int:
         return len(self.address)
 
@@ -60,7 +62,17 @@ class Leaves:
 
     def part(self, which: slice) -> Leaves:
         """Neighbouring entries, in place."""
-        return Leaves(self.address[which], self.entry[which], self.level, self.tables)
+        if which == slice(0, len(self)):
+            return self
+        some = Leaves(self.address[which], self.entry[which], self.level, self.tables)
+        if self._breaks is not None:
+            some._breaks = self._breaks[which][: max(0, len(some) - 1)]
+        return some
+
+    def blocks(self, size: int) -> Iterator[Leaves]:
+        """All entries, so many at a time."""
+        for start in range(0, len(self), size):
+            yield self.part(slice(start, min(start + size, len(self))))
 
     def copy(self) -> Leaves:
         """The same without what else was read with them, which neighbouring entries in place keep."""
@@ -71,6 +83,17 @@ class Leaves:
         if mask.dtype == np.bool_ and mask.all():
             return self
         return Leaves(self.address[mask], self.entry[mask], self.level, self.tables)
+
+    def breaks(self) -> Bool:
+        """Of each entry but the first, whether it differs in more than that it leads to the page behind."""
+        if self._breaks is None:
+            step = self.tables.page_size << self.tables.index_bits * self.level
+            self._breaks = self.entry[1:] - self.entry[:-1] != step
+        return self._breaks
+
+    def are_scattered(self) -> bool:
+        """Whether :meth:`breaks` has many: pages are all over the memory, or entries differ otherwise."""
+        return int(np.count_nonzero(self.breaks())) * _NEIGHBOURS > len(self)
 
 
 def join(parts: Sequence[Leaves]) -> Leaves:
@@ -125,6 +148,33 @@ def leaf_pfn(leaves: Leaves) -> U64:
         if not np.bitwise_and.reduce(entry) & valid:
             entry = np.where((entry & valid) == 0, ~entry, entry)
     return _physical(tables, entry, leaves.level) >> np.uint64(tables.page_shift)
+
+
+def read_alike(leaves: Leaves, bits: int) -> tuple[int, Runs] | None:
+    """What entries of level 0 have in common, and where they lead to; None if they differ in it.
+
+    :param leaves: at least one, all of them present
+    :param bits: what to look at; it is looked at only where entries begin that differ from those before in
+        more than where they lead to
+    """
+    some, runs = leaves, None
+    if not leaves.are_scattered():
+        starts = np.concatenate(([0], np.flatnonzero(leaves.breaks()) + 1))
+        lengths = np.diff(starts, append=len(leaves))
+        first, last = leaves.take(starts), leaves.take(starts + lengths - 1)
+        frames = leaf_pfn(first).view(np.int64)
+        # Not so if addresses are inverted, or a sum went beyond them.
+        if (leaf_pfn(last).view(np.int64) - frames == lengths - 1).all():
+            some, runs = first, Runs(frames, lengths)
+    if runs is None:
+        frames, tables = leaf_pfn(leaves).view(np.int64), leaves.tables
+        each, any_ = np.bitwise_and.reduce(leaves.entry), np.bitwise_or.reduce(leaves.entry)
+        if int(any_ & ~each) & ~tables.address_mask(0) or not int(each) & tables.valid:
+            # They may be neighbours all the same: what differs need not matter, or addresses are inverted.
+            runs = runs_of(frames, _NEIGHBOURS)
+        runs = runs or Runs(frames, np.ones_like(frames))
+    every = int(np.bitwise_and.reduce(some.entry)) & bits
+    return (every, runs) if every == int(np.bitwise_or.reduce(some.entry)) & bits else None
 
 
 def _physical(tables: PageTables, entries: U64, level: int) -> U64:
@@ -240,12 +290,16 @@ def _read_runs(
     return data, addresses[good]
 
 
-def _children(tables: PageTables, rows: U64, bases: U64, level: int) -> tuple[U64, U64]:
-    """Entries of tables, a row each, that are not empty, and the addresses that they start at."""
+def _children(
+    tables: PageTables, rows: U64, bases: U64, level: int, *, full: bool = False
+) -> tuple[U64, U64]:
+    """Entries of tables, a row each, that are not empty, and the addresses that they start at.
+
+    :param full: whether none is known to be empty
+    """
     span, none = np.uint64(tables.shift(level)), np.uint64(tables.none)
     number = rows.shape[1]
-    if len(rows) and rows.min() > none:
-        # None is empty.
+    if full:
         addresses = bases[:, np.newaxis] + (np.arange(number, dtype=np.uint64) << span)
         return rows.reshape(-1), addresses.reshape(-1)
     where = np.flatnonzero((rows & ~none) != 0).view(np.uint64)
@@ -330,26 +384,23 @@ def for_each_leaf(
         start = part.stop
         rows, bases = _read_tables(prog, tables, entries[part], addresses[part], troubles)
         scattered = False
-        for piece in _pieces(rows, tables):
-            found, at = _children(tables, rows[piece], bases[piece], 0)
+        for piece, full in _pieces(rows, tables):
+            found, at = _children(tables, rows[piece], bases[piece], 0, full=full)
             leaves = Leaves(at, found, 0, tables).take(_wanted(at, tables.page_size, wanted))
             # As those were, the next may be.
-            scattered |= _core(prog, tables) is None and _are_scattered(leaves)
+            scattered |= _core(prog, tables) is None and leaves.are_scattered()
             if len(leaves):
                 yield leaves
 
 
-def _pieces(rows: U64, tables: PageTables) -> list[slice]:
-    """Tables, a row each, in pieces: many in which no entry is empty are by themselves."""
+def _pieces(rows: U64, tables: PageTables) -> list[tuple[slice, bool]]:
+    """Tables, a row each, in pieces: many in which no entry is empty, which is told, are by themselves."""
     full = rows.min(axis=1, initial=_ULONG_MAX) > np.uint64(tables.none)
     begins = [0, *(np.flatnonzero(full[1:] != full[:-1]) + 1).tolist(), len(rows)]
     cuts = {0, len(rows)}
     for begin, end in itertools.pairwise(begins):
         if end - begin >= _FULL_TABLES and full[begin]:
             cuts |= {begin, end}
-    return [slice(begin, end) for begin, end in itertools.pairwise(sorted(cuts))]
-
-
-def _are_scattered(leaves: Leaves) -> bool:
-    step = leaves.entry[1:] - leaves.entry[:-1]
-    return int(np.count_nonzero(step != leaves.tables.page_size)) * _NEIGHBOURS > len(step)
+    return [
+        (slice(begin, end), bool(full[begin:end].all())) for begin, end in itertools.pairwise(sorted(cuts))
+    ]

@@ -12,7 +12,7 @@ import pytest
 from kvirt import memory
 from kvirt.elfcore import PT_LOAD
 from kvirt.errors import KvirtError
-from kvirt.memory import core_of, map_core, unmap_core
+from kvirt.memory import Runs, core_of, map_core, runs_of, unmap_core
 from kvirt.mm import memmap
 from kvirt.mm.arrays import is_constant
 from kvirt.mm.memmap import read_struct_pages, read_uniform
@@ -275,8 +275,9 @@ ASKED = {"flags": (0, 0x3000), "compound": (1, 1), "mapping": (3, -1), "mapcount
 
 
 def uniform(made_up, pfns):
+    frames = runs_of(pfns.astype(np.int64), 1) or Runs(pfns, np.ones_like(pfns))
     masks = {name: mask for name, (_, mask) in ASKED.items() if mask != -1}
-    return read_uniform(made_up.prog, make_layout(), pfns.astype(np.uint64), list(ASKED), masks)
+    return read_uniform(made_up.prog, make_layout(), frames, list(ASKED), masks)
 
 
 def put_words(made_up, words, core):

@@ -15,6 +15,7 @@ from kvirt.mm.pagetable import (
     leaf_pfn,
     leaf_present,
     leaf_special,
+    read_alike,
     swap_offset,
     swap_pfn,
     swap_type,
@@ -124,8 +125,9 @@ def test_migrating_huge_page_is_a_leaf():
     assert found == {0x7F0000200000: (entry, 1)}
 
 
-def leaves(entry, level=0):
-    return Leaves(np.array([0x1000], dtype=np.uint64), np.array([entry], dtype=np.uint64), level, TABLES)
+def leaves(*entries, level=0):
+    addresses = 0x1000 * np.arange(1, len(entries) + 1, dtype=np.uint64)
+    return Leaves(addresses, np.array(entries, dtype=np.uint64), level, TABLES)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,20 @@ def leaves(entry, level=0):
     ],
 )
 def test_present(entry, level, present):
-    assert leaf_present(leaves(entry, level)).tolist() == [present]
+    assert leaf_present(leaves(entry, level=level)).tolist() == [present]
+
+
+def test_neighbours_without_rights_are_one_run():
+    frames = np.arange(0x1000, 0x1100, dtype=np.uint64)
+    inverted = ~(frames << np.uint64(12)) & np.uint64((1 << 52) - 4096) | np.uint64(PROTNONE)
+    bits, runs = read_alike(leaves(*inverted.tolist()), TABLE | PROTNONE)
+    assert (bits, runs.first.tolist(), runs.lengths.tolist()) == (PROTNONE, [0x1000], [0x100])
+
+
+def test_entries_that_rise_beyond_all_addresses_are_no_run():
+    first = (1 << 52) - 8 * 4096 | TABLE
+    beyond = leaves(*range(first, first + 64 * 4096, 4096))
+    assert read_alike(beyond, 1)[1].each().tolist() == [(1 << 40) - 8 + i & (1 << 40) - 1 for i in range(64)]
 
 
 def test_page_frame_of_an_entry_without_rights_is_inverted():
@@ -147,7 +162,7 @@ def test_page_frame_of_an_entry_without_rights_is_inverted():
     assert leaf_pfn(leaves(inverted)).tolist() == [0x1234]
     assert leaf_pfn(leaves(0x1234000 | TABLE | 1 << 63)).tolist() == [0x1234]
     # Bit 12 of a huge entry is an attribute.
-    assert leaf_pfn(leaves(0x40001000 | TABLE | PSE, 1)).tolist() == [0x40000]
+    assert leaf_pfn(leaves(0x40001000 | TABLE | PSE, level=1)).tolist() == [0x40000]
 
 
 def test_special_and_swap_type():
@@ -186,6 +201,39 @@ ARCHITECTURES = {
     "arm64 64K, until 6.9": Arm64(16, 48, old=True),
     "arm64 64K, LVA and LPA": Arm64(16, 52, pa_bits=52),
 }
+
+
+@st.composite
+def alike(draw):
+    """Tables, and entries most of which lead to neighbours: one after the other, inverted, or in no order."""
+    tables = format_of(draw(st.sampled_from(list(ARCHITECTURES.values()))))
+    mask = tables.address_mask(0)
+    count = draw(st.integers(1, 100))
+    frames = draw(st.integers(0, mask >> tables.page_shift)) + np.arange(count)
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, count - 1))
+        frames[at:] = draw(st.integers(0, mask >> tables.page_shift)) + np.arange(count - at)
+    if draw(st.booleans()):
+        frames = np.random.default_rng(draw(st.integers(0, 9))).permutation(frames)
+    entries = (frames.astype(np.uint64) << np.uint64(tables.page_shift)) & np.uint64(mask)
+    if draw(st.booleans()):
+        entries ^= np.uint64(mask)
+    entries |= np.uint64(draw(st.sampled_from([TABLE, PROTNONE, tables.high | 1, 1 << 63 | TABLE])))
+    for _ in range(draw(st.integers(0, 3))):
+        entries[draw(st.integers(0, count - 1))] ^= np.uint64(1 << draw(st.integers(0, 63)))
+    return Leaves(np.arange(count, dtype=np.uint64) * np.uint64(tables.page_size), entries, 0, tables)
+
+
+@settings(max_examples=300, deadline=None)
+@given(entries=alike(), bits=st.sampled_from([0, 1, 0x201, TABLE | 1 << 63]))
+def test_entries_that_are_alike_are_found_with_where_they_lead_to(entries, bits):
+    found = read_alike(entries, bits)
+    have = {entry & bits for entry in entries.entry.tolist()}
+    if found is None:
+        assert len(have) > 1
+    else:
+        assert have == {found[0]}
+        assert found[1].each().tolist() == leaf_pfn(entries).tolist()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)

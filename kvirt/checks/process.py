@@ -33,7 +33,7 @@ from kvirt.memory import core_of
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
 from kvirt.mm.folio import Folios
 from kvirt.mm.i_mmap import FileTrees
-from kvirt.mm.pagetable import U64, Leaves, WalkTroubles, for_each_leaf, join
+from kvirt.mm.pagetable import IN_CACHE, U64, Leaves, WalkTroubles, for_each_leaf, join
 from kvirt.mm.vma import Vma
 from kvirt.tasks import for_each_process
 
@@ -335,11 +335,18 @@ class ProcessChecker:
                 same = None if uniform is None else uniform.judge(leaves, judge)
                 if same is not None:
                     counts.add(same)
-                else:
-                    self._judge(into, sorter.sort(leaves, counts), seen, watch)
+                    continue
+                for part in self._blocks(leaves):
+                    self._judge(into, sorter.sort(part, counts), seen, watch)
         except drgn.FaultError as error:
             into.unreadable = str(error)
         return seen
+
+    def _blocks(self, leaves: Leaves) -> Iterator[Leaves]:
+        """Entries in the numbers in which each is judged by itself."""
+        # Otherwise drgn would read most of the memmap for each block, whatever their number.
+        whole = core_of(self.prog) is None and leaves.are_scattered()
+        return leaves.blocks(max(1, len(leaves)) if whole else IN_CACHE)
 
     def _judge(
         self,

@@ -22,9 +22,13 @@ U64 = npt.NDArray[np.uint64]
 U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
-# PTE tables decoded at once: what belongs to 64 Ki pages stays in a processor's cache while it is judged, or
-# nearly.
+# Pages that are all over the memory, or judged each by itself: what belongs to so many of them stays in a
+# processor's cache meanwhile, or nearly.
+IN_CACHE = 1 << 16
+# PTE tables decoded at once, for as many pages.
 _TABLES = 128
+# And where pages are neighbours: more, for what is done once for each lot takes longer than them.
+_TABLES_NEIGHBOURS = 512
 # And where drgn reads pages that are all over the memory: most of the memmap is read for each time, whatever
 # their number. 1 Mi pages; bounds memory, whatever the size of the process.
 _TABLES_SCATTERED = 2048
@@ -376,21 +380,25 @@ def for_each_leaf(
             return
         rows, bases = _read_tables(prog, tables, entries, addresses, troubles)
         level -= 1
-    start, scattered = 0, False
+    start, number = 0, _TABLES
     while start < len(entries):
-        number = _TABLES_SCATTERED if scattered else _TABLES
         # A table of larger pages has more entries, and fewer are decoded at once.
         part = slice(start, start + max(1, number * PAGE_BYTES // tables.page_size))
         start = part.stop
         rows, bases = _read_tables(prog, tables, entries[part], addresses[part], troubles)
-        scattered = False
+        found = scattered = 0
         for piece, full in _pieces(rows, tables):
-            found, at = _children(tables, rows[piece], bases[piece], 0, full=full)
-            leaves = Leaves(at, found, 0, tables).take(_wanted(at, tables.page_size, wanted))
-            # As those were, the next may be.
-            scattered |= _core(prog, tables) is None and leaves.are_scattered()
+            children, at = _children(tables, rows[piece], bases[piece], 0, full=full)
+            leaves = Leaves(at, children, 0, tables).take(_wanted(at, tables.page_size, wanted))
+            found += len(leaves)
+            scattered += len(leaves) if leaves.are_scattered() else 0
             if len(leaves):
                 yield leaves
+        # As most of these were, the next may be.
+        if scattered * 2 <= found:
+            number = _TABLES_NEIGHBOURS
+        else:
+            number = _TABLES_SCATTERED if core_of(prog) is None else _TABLES
 
 
 def _pieces(rows: U64, tables: PageTables) -> list[tuple[slice, bool]]:

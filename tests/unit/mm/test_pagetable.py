@@ -335,9 +335,10 @@ def test_huge_pages_of_the_kernel(tables, huge, slots, monkeypatch):
     assert kernel_huge_page(prog, tables, address + tables.huge_size) is None
 
 
-@pytest.mark.parametrize(("step", "lengths"), [(1, [512] * 6), (3, [512, 4 * 512, 512])])
-def test_scattered_pages_are_read_in_larger_parts(monkeypatch, step, lengths):
+@pytest.mark.parametrize(("step", "lengths"), [(1, [512, 1024, 1024, 512]), (3, [512, 4 * 512, 512])])
+def test_more_tables_are_read_at_once_as_their_pages_lie(monkeypatch, step, lengths):
     monkeypatch.setattr(pagetable, "_TABLES", 1)
+    monkeypatch.setattr(pagetable, "_TABLES_NEIGHBOURS", 2)
     monkeypatch.setattr(pagetable, "_TABLES_SCATTERED", 4)
     tables = Tables(X86(4))
     for number in range(6 * 512):

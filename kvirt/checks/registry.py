@@ -94,7 +94,7 @@ class _Kinds:
         return np.array(list(values), dtype=dtype)[self._of]
 
 
-# Pages of one VMA that are worth a look of their own.
+# At least so many pages of one VMA are worth a look of their own.
 MANY = 2048
 
 
@@ -148,12 +148,12 @@ class VmaTable:
         :param addresses: ascending
         """
         cuts = np.array([0, len(addresses)])
-        if self.vmas and len(addresses) > MANY:
+        if self.vmas and len(addresses) >= MANY:
             first, last = (np.searchsorted(self.start, addresses[[0, -1]], side="right") - 1).tolist()
             rows = slice(max(first, 0), last + 1)
             begins = np.searchsorted(addresses, self.start[rows])
             ends = np.searchsorted(addresses, self.end[rows])
-            many = ends - begins > MANY
+            many = ends - begins >= MANY
             cuts = np.unique(np.concatenate((cuts, begins[many], ends[many])))
         for begin, end in itertools.pairwise(cuts.tolist()):
             yield slice(begin, end)
@@ -359,8 +359,7 @@ class Check:
     alike: Callable[[int, int], int] = lambda expected, actual: 0
     """For checks on pages and entries: those of one VMA for which this is the same are one finding."""
     by_place: Callable[[VmaTable], bool] = _nowhere
-    """For checks on pages: whether it matters in a process where a page is, and not what it is alone. If not,
-    pages of a VMA whose indexes rise with their addresses, and that are the same else, are judged by one."""
+    """For checks on pages: in which processes each page has to be judged by itself (:func:`page_check`)."""
 
     @property
     def kernels(self) -> str:
@@ -461,10 +460,14 @@ def page_check(
 ) -> Callable[[PageRun], PageRun]:
     """Register an invariant of mapped pages.
 
+    The check's verdict may depend on what the process's VMAs are, on the page's own (``row``), on whether the
+    page is present, on what :class:`kvirt.mm.folio.Folios` tells of it, and on whether its index is as many
+    above that of another page of the VMA as its address is. Many small pages that agree in all of that are
+    judged by one of them (kvirt/checks/uniform.py). A check that asks for more has to say so by *by_place*.
+
     :param message: with {expected}, {actual}, {delta}, {pfn} and {head} to fill in
     :param alike: of (expected, actual); pages of one VMA for which it is the same are one finding
-    :param by_place: whether it matters in a process where a page is, and not what it is alone; if not, pages
-        of a VMA whose indexes rise with their addresses, and that are the same else, are judged by one
+    :param by_place: of which processes it asks for more, such as the address or the page frame themselves
     """
 
     return _registering(

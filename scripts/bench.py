@@ -38,10 +38,14 @@ SAME_ADDRESSES = ["setarch", "-R"]
 OWN = {"commands": measure_commands, "vmas": measure_vmas, "pages": measure_pages, "live": measure_running}
 PARTS = (*OWN, "hits", "start", "overhead")
 
+# Headers are folded, for most are wider than what is below them.
+HEADER_WIDTH = 10
+
 
 def show(title, rows, headers):
     """Print a table."""
-    click.echo(f"\n{title}\n\n" + tabulate(rows, headers, tablefmt="simple", disable_numparse=True))
+    table = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, maxheadercolwidths=HEADER_WIDTH)
+    click.echo(f"\n{title}\n\n{table}")
 
 
 def trace_reclaim(guest):

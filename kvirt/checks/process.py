@@ -82,8 +82,10 @@ class _Pass:
     """By check and address."""
     doubts: dict[_Key, int] = field(default_factory=dict)
     """By reason and address: base pages."""
+    told: set[tuple[str, int]] = field(default_factory=set)
+    """Checks that have a hit, and the VMAs in which they do."""
     overflow: int = 0
-    """Base pages objected to beyond HITS_MAX."""
+    """Base pages objected to that are not in *hits*."""
     troubles: WalkTroubles = field(default_factory=WalkTroubles)
     filtered: int = 0
     """Checks of VMAs that were given up, since something was left out of the dump."""
@@ -543,14 +545,24 @@ def _anon_vma_locked(context: VmaContext | None) -> bool:
 def _note_pages(
     into: _Pass, check: Check, bad: PageViolations, batch: PageBatch, leaves: Leaves, seen: dict[int, int]
 ) -> None:
-    """Remember what a check objects to, up to HITS_MAX, and the entries it was seen in."""
+    """Remember what a check objects to, up to HITS_MAX, and the entries it was seen in.
+
+    Beyond that the first page of each VMA: a small one would be lost behind large ones otherwise.
+    """
     if not bad.mask.any():
         return
     where = np.flatnonzero(bad.mask)
     room = max(0, HITS_MAX - len(into.hits))
-    into.overflow += len(where[room:]) * batch.pages
-    for i in where[:room].tolist():
+    rest = where[room:]
+    firsts = rest[np.unique(batch.row[rest], return_index=True)[1]]
+    into.overflow += len(rest) * batch.pages
+    for number, i in enumerate([*where[:room].tolist(), *firsts.tolist()]):
         vma = batch.table.vmas[int(batch.row[i])]
+        if number >= room:
+            if (check.id, vma.address) in into.told or len(into.told) >= HITS_MAX:
+                continue
+            into.overflow -= batch.pages
+        into.told.add((check.id, vma.address))
         legal = bad.legal is not None and bool(bad.legal[i])
         hit = _PageHit(
             check,

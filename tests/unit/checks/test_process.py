@@ -553,7 +553,9 @@ def test_every_vma_is_looked_at_however_many_at_once(monkeypatch, at_once):
     assert (finding.id, finding.vma) == ("VMA-UNFAULTED-PGOFF", (start, start + 4096))
 
 
-def test_findings_on_pages_are_in_the_order_of_addresses(monkeypatch):
+@pytest.fixture
+def one_and_many(monkeypatch):
+    """A VMA of one page, and behind it one of many as dumps go; which are looked at first. All are wrong."""
     for module in (registry, process):
         monkeypatch.setattr(module, "MANY", 2)
     made_up = Process()
@@ -567,6 +569,22 @@ def test_findings_on_pages_are_in_the_order_of_addresses(monkeypatch):
     made_up.memory.put_words(LEAF, words)
     made_up.memory.put_struct(LAYOUT.mm, MM, {**made_up.mm, "map_count": 2})
     made_up.memory.put(index_at(0), word(0x1234))
-    # A dump's VMAs with few pages are looked at after those with many.
-    found = [finding for finding in made_up.check(moves=False).findings if finding.id == "FOLIO-INDEX"]
-    assert [(finding.address, finding.pages) for finding in found] == [(START, 1), (start, PAGES - 1)]
+    return made_up
+
+
+def test_findings_on_pages_are_in_the_order_of_addresses(one_and_many):
+    found = [finding for finding in one_and_many.check(moves=False).findings if finding.id == "FOLIO-INDEX"]
+    assert [(f.address, f.pages) for f in found] == [(START, 1), (START + 4096, PAGES - 1)]
+
+
+def test_a_small_vma_is_not_lost_when_everything_is_wrong(one_and_many, monkeypatch):
+    monkeypatch.setattr(process, "HITS_MAX", 3)
+    result = one_and_many.check(moves=False)
+    found = [(f.id, f.address, f.pages) for f in result.findings if f.id.startswith("FOLIO")]
+    # The VMA of many has no anon_vma, and its pages are in none.
+    assert found == [
+        ("FOLIO-INDEX", START, 1),
+        ("FOLIO-INDEX", START + 4096, PAGES - 1),
+        ("FOLIO-ANON-VMA", START + 4096, 1),
+    ]
+    assert any(sentence.startswith(f"{PAGES - 2} more pages look wrong") for sentence in result.incomplete)

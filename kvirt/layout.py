@@ -255,6 +255,8 @@ class PathLayout:
     """struct mount, with the offset of its struct vfsmount as "mnt"."""
     operations: StructLayout
     """struct dentry_operations"""
+    inode: StructLayout
+    """struct inode, whose number is the name of a socket."""
 
 
 @dataclass(frozen=True)
@@ -675,6 +677,7 @@ def _path(prog: drgn.Program) -> PathLayout | None:
                     "d_parent": ["d_parent"],
                     "pprev": ["d_hash.pprev"],
                     "d_op": ["d_op"],
+                    "d_inode": ["d_inode"],
                     "name": ["d_name.name"],
                     "len": ["d_name.len"],
                 },
@@ -690,10 +693,31 @@ def _path(prog: drgn.Program) -> PathLayout | None:
                 },
             ),
             _struct(prog, "struct dentry_operations", {"d_dname": ["d_dname"]}),
+            _struct(prog, "struct inode", {"i_ino": ["i_ino"]}),
         )
     except KvirtError:
         # A name is a courtesy.
         return None
+
+
+_DNAMES_KEY = "kvirt.dnames"
+# The most frequent first: to look for a symbol takes a millisecond or two.
+_DNAMES = ("simple_dname", "anon_inodefs_dname", "sockfs_dname")
+
+
+def dname_function(prog: drgn.Program, address: int) -> str | None:
+    """Name of a function that names files that no directory has (``dentry->d_op->d_dname``).
+
+    It is looked for once, and only when such a file is met: few processes map one.
+
+    :param address: of the function
+    :returns: "simple_dname" (fs/d_path.c), "anon_inodefs_dname" (fs/anon_inodes.c), "sockfs_dname"
+        (net/socket.c), or None for any other, or if the symbols lack it
+    """
+    known: dict[int, str | None] = prog.cache.setdefault(_DNAMES_KEY, {})
+    if address not in known:
+        known[address] = next((name for name in _DNAMES if _address(prog, name) == address), None)
+    return known[address]
 
 
 def _special_mapping(prog: drgn.Program) -> SpecialMappingLayout | None:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import drgn
 
@@ -14,15 +15,23 @@ from kvirt.checks.process import ProcessChecker
 from kvirt.errors import KvirtError
 from kvirt.filtered import filtered_error, is_filtered
 from kvirt.findings import TaskReport, VmaRow
+from kvirt.layout import dname_function
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.names import VmaNames
 from kvirt.mm.vma import vma_kind
 from kvirt.tasks import Process, find_process
 
 
-def vma_rows(space: AddressSpace) -> list[VmaRow]:
+def vma_rows(prog: drgn.Program, space: AddressSpace) -> list[VmaRow]:
     """What a table shows of each VMA."""
-    names = VmaNames(space.records.memory, space.layout, space.start_stack, space.start_brk, space.brk)
+    names = VmaNames(
+        space.records.memory,
+        space.layout,
+        partial(dname_function, prog),
+        space.start_stack,
+        space.start_brk,
+        space.brk,
+    )
     # While a fork copies the tree, entries that it did not come to yet are the parent's.
     own = (vma for vma in space.vmas() if vma.vm_mm == space.address)
     return [VmaRow(vma, vma_kind(vma, space.start_stack), names(vma)) for vma in own]
@@ -37,7 +46,7 @@ def list_vmas(checker: ProcessChecker, process: Process) -> tuple[AddressSpace, 
     fault = None
     try:
         space = checker.read(process.mm)
-        rows = vma_rows(space)
+        rows = vma_rows(checker.prog, space)
     except drgn.FaultError as error:
         fault = error
     if checker.moves and _is_gone(checker.prog, process):
@@ -93,7 +102,7 @@ def _check_task(
     try:
         result = checker.check(process.mm, progress)
         if rows:
-            report.vmas = vma_rows(result.space)
+            report.vmas = vma_rows(checker.prog, result.space)
     except drgn.FaultError as error:
         fault = error
     if checker.moves and _is_gone(checker.prog, process):

@@ -7,6 +7,8 @@ an end, and what leads nowhere makes the name "?": a name is a courtesy, and mus
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import drgn
 
 from kvirt.layout import Layout, PathLayout
@@ -42,11 +44,16 @@ def read_string(memory: Readable, address: int) -> bytes:
 class Paths:
     """Paths of files (fs/d_path.c: d_path()); what is above several of them is found once."""
 
-    def __init__(self, memory: Readable, layout: PathLayout) -> None:
+    def __init__(self, memory: Readable, layout: PathLayout, dname: Callable[[int], str | None]) -> None:
+        """Prepare.
+
+        :param dname: tells a function by its address, as :func:`kvirt.layout.dname_function` does
+        """
         self._memory = memory
+        self._dname = dname
         self._layout = layout
         dentry, mount, operations = layout.dentry, layout.mount, layout.operations
-        get_dentry = dentry.getter(("d_parent", "pprev", "d_op", "name", "len"))
+        get_dentry = dentry.getter(("d_parent", "pprev", "d_op", "name", "len", "d_inode"))
         get_mount = mount.getter(("mnt_root", "mnt_parent", "mnt_mountpoint"))
         self._file = layout.file.getter(("dentry", "mnt"))
         self._dentries = Table(lambda at: get_dentry(memory.read(at, dentry.size)))
@@ -60,15 +67,15 @@ class Paths:
         :param file: address of the ``struct file``
         :raises drgn.FaultError: if a part of it cannot be read
         :raises OverflowError: if it leads to where no address is
-        :raises ValueError: if it has no end
+        :raises ValueError: if it has no end, or is made up in a way that is not known
         """
         dentry, mnt = self._file(self._memory.read(file, self._layout.file.size))
         mount = mnt - self._layout.mount.offset("mnt")
         mnt_root = self._mounts[mount][0]
-        d_parent, pprev, d_op, _, _ = self._dentries[dentry]
-        if d_op and self._d_dname[d_op] and not dentry == d_parent == mnt_root:
-            # memfds, shared memory and the like: simple_dname()
-            return b"/" + self._name(dentry) + b" (deleted)"
+        d_parent, pprev, d_op, *_ = self._dentries[dentry]
+        d_dname = self._d_dname[d_op] if d_op else 0
+        if d_dname and not dentry == d_parent == mnt_root:
+            return self._made_up(dentry, d_dname)
         if dentry in (mnt_root, d_parent):
             path = self._directory(dentry, mount) or b"/"
         else:
@@ -76,8 +83,23 @@ class Paths:
         # d_unlinked(), include/linux/dcache.h
         return path + b" (deleted)" if not pprev and dentry != d_parent else path
 
+    def _made_up(self, dentry: int, d_dname: int) -> bytes:
+        """Name of a file that no directory has."""
+        function = self._dname(d_dname)
+        if function == "simple_dname":
+            # memfds, shared memory and the like
+            return b"/" + self._name(dentry) + b" (deleted)"
+        if function == "anon_inodefs_dname":
+            # Rings of io_uring and of perf, maps of BPF and the like
+            return b"anon_inode:" + self._name(dentry)
+        if function == "sockfs_dname":
+            # Rings of packet sockets and the like
+            *_, inode = self._dentries[dentry]
+            return b"socket:[%d]" % self._layout.inode.read_member(self._memory, inode, "i_ino")
+        raise ValueError("a name made up in a way that is not known")
+
     def _name(self, dentry: int) -> bytes:
-        _, _, _, name, length = self._dentries[dentry]
+        *_, name, length, _ = self._dentries[dentry]
         if length > _NAME_MAX:
             raise ValueError("a name longer than any")
         text = self._memory.read(name, length)
@@ -112,12 +134,24 @@ class Paths:
 class VmaNames:
     """Names of the VMAs of one process; a file's path is found once."""
 
-    def __init__(self, memory: Readable, layout: Layout, start_stack: int, start_brk: int, brk: int) -> None:
+    def __init__(
+        self,
+        memory: Readable,
+        layout: Layout,
+        dname: Callable[[int], str | None],
+        start_stack: int,
+        start_brk: int,
+        brk: int,
+    ) -> None:
+        """Prepare.
+
+        :param dname: see :class:`Paths`
+        """
         self._memory = memory
         self._layout = layout
         self._start_stack = start_stack
         self._heap = (start_brk, brk)
-        self._paths = None if layout.path is None else Paths(memory, layout.path)
+        self._paths = None if layout.path is None else Paths(memory, layout.path, dname)
         self._files: dict[int, str] = {}
 
     def __call__(self, vma: Vma) -> str:

@@ -110,6 +110,37 @@ def test_vmas_are_those_of_proc_maps(guest, live):
     assert compared > 1000
 
 
+def test_names_of_files_of_all_kinds(guest):
+    process = guest.popen(["python3", "/kvirt/tests/live/mapped.py"])
+    line = process.readline(PATIENCE)
+    assert line, process.stderr_text()
+    made = json.loads(line)
+    pid = str(made["pid"])
+    text = guest.run(["cat", f"/proc/{pid}/maps"], check=True).stdout
+    maps = [(hex(m.start), m.path) for m in parse_maps(text) if m.path != "[vsyscall]"]
+    truth = dict(maps)
+    said = {kind: truth[address] for kind, address in made["mapped"].items()}
+    # What is to be named at all; how, only the kernel says.
+    assert said["perf"] == "anon_inode:[perf_event]"
+    assert said["io_uring"] == "anon_inode:[io_uring]"
+    assert said["packet"].startswith("socket:[")
+    assert said["memfd"] == "/memfd:a name (deleted)"
+    assert "" not in said.values()
+    check = ["check-pid", pid, "--format", "json"]
+    dwarf, btf = ["-s", guest.kernel.vmlinux], ["--types", "btf"]
+    seen = [
+        guest.run(["kvirt", *check], timeout=PATIENCE),
+        guest.run(["kvirt", *btf, *check], timeout=PATIENCE),
+        *(from_host(*types, "--qemu", guest.qmp_socket, *check) for types in (dwarf, btf)),
+    ]
+    process.write(b"\n")
+    assert process.wait(PATIENCE) == 0, process.stderr_text()
+    for one in seen:
+        assert one.returncode == 0, one.stdout[-2000:] + one.stderr
+        (task,) = json.loads(one.stdout)["tasks"]
+        assert [(vma["start"], vma["name"]) for vma in task["vmas"]] == maps
+
+
 def test_pages_are_those_of_pagemap(guest, pids, live):
     done = guest.run(["python3", "/kvirt/tests/live/pagemap.py", *pids], timeout=PATIENCE, check=True)
     truth = json.loads(done.stdout)

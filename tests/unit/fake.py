@@ -167,6 +167,7 @@ def make_layout(
                 "struct dentry",
                 48,
                 {
+                    "d_inode": Member(40, 8),
                     "pprev": Member(0, 8),
                     "d_parent": Member(8, 8),
                     "len": Member(20, 4),
@@ -176,6 +177,7 @@ def make_layout(
             ),
             _layout("struct mount", 40, mnt_parent=8, mnt_mountpoint=16, mnt=24, mnt_root=24),
             _layout("struct dentry_operations", 16, d_dname=8),
+            _layout("struct inode", 72, i_ino=64),
         ),
         special_mapping=SpecialMappingLayout(
             SPECIAL_MAPPING_NAME,

@@ -4,7 +4,7 @@ import pytest
 
 from kvirt.architecture import check_architecture
 from kvirt.errors import KvirtError
-from kvirt.layout import arm64_marks, swap_type_names
+from kvirt.layout import arm64_marks, dname_function, swap_type_names
 from kvirt.scheme import Scheme, detect_scheme
 
 OLD = ["vm_start", "vm_pgoff", "vm_file"]
@@ -130,3 +130,27 @@ def test_architectures():
     ):
         with pytest.raises(KvirtError, match=words):
             check_architecture(platform)
+
+
+def test_functions_that_name_files_are_told_by_their_symbols():
+    symbols = {"simple_dname": 0x1000, "sockfs_dname": 0x2000, "pipefs_dname": 0x3000}
+    asked = []
+
+    def find(prog, name, address, one):
+        asked.append(name)
+        at = symbols.get(name)
+        binding, kind = drgn.SymbolBinding.GLOBAL, drgn.SymbolKind.FUNC
+        return [] if at is None else [drgn.Symbol(name, at, 16, binding, kind)]
+
+    prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
+    prog.register_symbol_finder("test", find, enable_index=0)
+    # What is not needed is not looked for.
+    assert dname_function(prog, 0x1000) == "simple_dname"
+    assert asked == ["simple_dname"]
+    assert dname_function(prog, 0x2000) == "sockfs_dname"
+    # Another function, the middle of one, and none.
+    assert [dname_function(prog, at) for at in (0x3000, 0x1008, 0)] == [None] * 3
+    asked.clear()
+    again = [dname_function(prog, at) for at in (0x1000, 0x2000, 0x3000, 0x1008, 0)]
+    assert again == ["simple_dname", "sockfs_dname", None, None, None]
+    assert asked == []

@@ -17,7 +17,9 @@ HASHED, DNAME = 0xFFFF888000700000, 0xFFFF888000710000
 ROOT, USR, LIB, PYTHON = (BASE + 0x1000 * number for number in range(1, 5))
 DATA, MAPPED = BASE + 0x6000, BASE + 0x7000
 ROOTFS, MOUNTED = BASE + 0x10000, BASE + 0x11000
-FILE, VMA, OPS, SPECIAL, WORDS = (BASE + 0x20000 + 0x1000 * number for number in range(5))
+FILE, VMA, OPS, SPECIAL, WORDS, INODE = (BASE + 0x20000 + 0x1000 * number for number in range(6))
+SIMPLE, ANON_INODE, SOCKET, OTHER = (0xFFFFFFFF81000000 + 16 * number for number in range(4))
+FUNCTIONS = {SIMPLE: "simple_dname", ANON_INODE: "anon_inodefs_dname", SOCKET: "sockfs_dname"}.get
 
 
 class Tree:
@@ -37,7 +39,7 @@ class Tree:
         self.dentry(DATA, b"data", LIB)
         self.dentry(MAPPED - 0x800, b"/", MAPPED - 0x800)
         self.dentry(MAPPED, b"mapped", MAPPED - 0x800)
-        self.put(self.layout.path.operations, DNAME, d_dname=1)
+        self.put(self.layout.path.operations, DNAME, d_dname=SIMPLE)
         self.put(self.layout.path.operations, DNAME + 64, d_dname=0)
 
     def put(self, layout, address, **values):
@@ -55,12 +57,12 @@ class Tree:
     def path(self, dentry, mount=ROOTFS):
         mnt = mount + self.layout.path.mount.offset("mnt")
         self.put(self.layout.path.file, FILE, dentry=dentry, mnt=mnt)
-        return Paths(self.memory.prog, self.layout.path).d_path(FILE)
+        return Paths(self.memory.prog, self.layout.path, FUNCTIONS).d_path(FILE)
 
     def name(self, layout=None, **values):
         self.put(self.layout.vma, VMA, **values)
         vma = vma_reader(self.memory.prog, self.layout)(VMA)
-        return VmaNames(self.memory.prog, layout or self.layout, 0x9000, 0x5000, 0x6000)(vma)
+        return VmaNames(self.memory.prog, layout or self.layout, FUNCTIONS, 0x9000, 0x5000, 0x6000)(vma)
 
 
 def test_a_path_leads_over_mounts_to_the_root():
@@ -78,7 +80,7 @@ def test_what_is_above_several_files_is_read_once():
     mnt = ROOTFS + tree.layout.path.mount.offset("mnt")
     for number, dentry in enumerate((PYTHON, LIB)):
         tree.put(tree.layout.path.file, FILE + 0x100 * number, dentry=dentry, mnt=mnt)
-    paths = Paths(tree.memory.prog, tree.layout.path)
+    paths = Paths(tree.memory.prog, tree.layout.path, FUNCTIONS)
     assert paths.d_path(FILE) == b"/usr/python"
     tree.dentry(USR, b"changed", ROOT)
     assert paths.d_path(FILE + 0x100) == b"/usr/lib"
@@ -95,6 +97,28 @@ def test_deleted_files_and_those_that_never_had_a_directory():
     # d_path(): the root of such a file system is told by where it is mounted.
     tree.dentry(ROOT, b"/", ROOT, d_op=DNAME)
     assert tree.path(ROOT) == b"/"
+
+
+def test_names_that_functions_make_up():
+    tree = Tree()
+
+    def named(text, function, **values):
+        tree.put(tree.layout.path.operations, DNAME, d_dname=function)
+        tree.dentry(PYTHON, text, PYTHON, pprev=0, d_op=DNAME, **values)
+        return tree.path(PYTHON)
+
+    tree.put(tree.layout.path.inode, INODE, i_ino=4711)
+    assert named(b"SYSV00000000", SIMPLE) == b"/SYSV00000000 (deleted)"
+    assert named(b"[perf_event]", ANON_INODE) == b"anon_inode:[perf_event]"
+    assert named(b"PACKET", SOCKET, d_inode=INODE) == b"socket:[4711]"
+    for wild in (0, *WILD):
+        with pytest.raises((drgn.FaultError, OverflowError)):
+            named(b"PACKET", SOCKET, d_inode=wild)
+        assert tree.name(vm_file=FILE) == "?"
+    # Nothing is guessed of what others make of it.
+    with pytest.raises(ValueError, match="not known"):
+        named(b"dmabuf", OTHER)
+    assert tree.name(vm_file=FILE) == "?"
 
 
 def test_names_are_as_long_as_they_are_said_to_be():
@@ -160,7 +184,7 @@ def test_names_that_are_not_of_files():
     assert tree.name(vm_ops=OPS + 64, vm_start=0x10000, vm_end=0x11000) == ""
     vma = vma_reader(tree.memory.prog, tree.layout)(VMA)._replace(vm_ops=OPS)
     tree.memory.put(VMA + how.vma.offset("vm_private_data"), SPECIAL.to_bytes(8, "little"))
-    assert VmaNames(tree.memory.prog, tree.layout, 0, 0, 0)(vma) == "[vdso]"
+    assert VmaNames(tree.memory.prog, tree.layout, FUNCTIONS, 0, 0, 0)(vma) == "[vdso]"
 
 
 def test_a_kernel_whose_types_do_not_tell():

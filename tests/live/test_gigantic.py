@@ -50,7 +50,9 @@ def test_page_of_the_third_level_is_verified(guest):
     for pid in (parent, child):
         found = find_process(target.prog, pid)
         space = checker.read(found.mm)
-        leaves = list(for_each_leaf(target.prog, layout, space.pgd, WalkTroubles()))
+        troubles = WalkTroubles()
+        leaves = list(for_each_leaf(target.prog, layout, space.pgd, troubles))
+        assert troubles.unreadable == []
         assert [part.address.tolist() for part in leaves if part.level == 2] == [[address]]
         report = check_task(checker, found)
         assert [f for f in report.findings if f.severity is not Severity.TRANSIENT] == []

@@ -122,7 +122,10 @@ LARGEST = Memory("contiguous", 4 * MI)
 SHAPES = [Memory(shape, USUAL.pages) for shape in ("fragmented", "huge", "mixed")]
 # In which there is little but what any process has.
 LEAST = Memory("contiguous", KI)
-MEMORIES = [LEAST, Memory("contiguous", 64 * KI), USUAL, *SHAPES, LARGE, LARGEST]
+FEW = Memory("contiguous", 64 * KI)
+MEMORIES = [LEAST, FEW, USUAL, *SHAPES, LARGE, LARGEST]
+# And as many pages in more and more processes.
+GROWING = [FEW, *(Memory("contiguous", FEW.pages * number, number) for number in (4, 16, 64))]
 
 
 def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> dict[str, Any]:
@@ -131,8 +134,7 @@ def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> di
     rows: list[list[str]] = []
     for memory in MEMORIES:
         name = _name(memory)
-        if memory.guest_mib > free_mib():
-            report(f"{name} is left out: the guest needs {memory.guest_mib} MiB, and {free_mib()} are free.")
+        if not _fits(memory, report):
             continue
         compressed = memory == USUAL
         formats = ["elf", *(["kdump-zlib"] if compressed else [])]
@@ -145,11 +147,29 @@ def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> di
                     report(f"The kdump-compressed dump is left out: {str(error).splitlines()[-1]}")
         rows.append(_row(name, document[name], document.get(_name(LEAST))))
     _show(document, rows, show)
+    for memory in GROWING[1:]:
+        if _fits(memory, report):
+            with (
+                dumped(kernel, memory, report, "elf") as [dump],
+                step(report, f"Looking at {_name(memory)}", "pages"),
+            ):
+                document[_name(memory)] = dump.measure(rounds, "check-pid")
+    _show_growth(document, show)
     return document
 
 
+def _fits(memory: Memory, report: Report) -> bool:
+    """Whether the host has room for the guest; says so if not."""
+    if memory.guest_mib <= free_mib():
+        return True
+    needs = f"the guest needs {memory.guest_mib} MiB, and {free_mib()} are free"
+    report(f"{_name(memory)} is left out: {needs}.")
+    return False
+
+
 def _name(memory: Memory) -> str:
-    return f"{memory.shape} {size(memory.pages)}"
+    name = f"{memory.shape} {size(memory.pages)}"
+    return name if memory.processes == 1 else f"{name} of {memory.processes}"
 
 
 def _measure(dump: Dump, memory: Memory, rounds: int) -> dict[str, Any]:
@@ -199,6 +219,19 @@ def _row(name: str, measured: dict[str, Any], least: dict[str, Any] | None) -> l
         "" if loop is None else f"{rate(kvirt) / rate(loop):.0f} x",
         f"{measured['added_kib'] / KI:.0f}",
     ]
+
+
+def _show_growth(document: dict[str, Any], show: Show) -> None:
+    one = rate(document[_name(FEW)]["ways"]["check-pid"])
+    rows = []
+    for memory in GROWING:
+        if _name(memory) in document:
+            taken = document[_name(memory)]["ways"]["check-pid"]
+            seconds = f"{statistics.median(taken['seconds']) * 1000:.1f}"
+            beside = f"{rate(taken) / one - 1:+.0%}"
+            rows.append([str(memory.processes), size(memory.pages), seconds, _millions(taken), beside])
+    headers = ["processes", "pages", "ms", "M pages/s", "beside one process"]
+    show("check-pid of more and more processes of 64 Ki pages, contiguous", rows, headers)
 
 
 def _show(document: dict[str, Any], rows: list[list[str]], show: Show) -> None:

@@ -39,7 +39,7 @@ OWN = {"commands": measure_commands, "vmas": measure_vmas, "pages": measure_page
 PARTS = (*OWN, "hits", "start", "overhead")
 
 # Headers are folded, for most are wider than what is below them.
-HEADER_WIDTH = 10
+HEADER_WIDTH = 14
 
 
 def show(title, rows, headers):

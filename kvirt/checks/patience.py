@@ -7,3 +7,5 @@ PAUSE = 0.012
 """Seconds before each time."""
 TRIES = 8
 """Attempts for each time, until nobody changes what is read meanwhile."""
+LEFT = 0.05
+"""Seconds after which entries of small VMAs are not kept any longer, to be judged with those of others."""

@@ -379,21 +379,26 @@ class ProcessChecker:
     def _leaves(self, into: _Pass, table: VmaTable, wanted: U64 | None) -> Iterator[Leaves]:
         """Entries to be judged together: those of a VMA that has many, and all others."""
         left: list[Leaves] = []
+        since = 0.0
         for leaves in for_each_leaf(self.prog, self.layout, into.space.pgd, into.troubles, wanted):
             if wanted is not None:
                 # What begins elsewhere is another mapping of that place.
                 leaves = leaves.take(np.isin(leaves.address, wanted))
             for part in table.parts(leaves.address):
                 few = leaves.part(part)
-                # While the kernel runs, its pages are looked at right after their entries.
-                if self.moves or leaves.level or len(few) >= MANY:
+                if leaves.level or len(few) >= MANY:
                     yield few
                     continue
+                since = since if left else time.monotonic()
                 # All that they were read with is not to be kept until then: of each 256 MiB a MiB.
                 left.append(few.copy())
                 if sum(map(len, left)) >= _LEFT_MAX:
                     yield join(left)
                     left.clear()
+            # While the kernel runs, its pages are looked at soon after their entries.
+            if left and self.moves and time.monotonic() - since > patience.LEFT:
+                yield join(left)
+                left.clear()
         if left:
             yield join(left)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from kvirt.checks import process, registry
+from kvirt.checks import patience, process, registry, uniform
 from kvirt.checks.process import ProcessChecker
 from kvirt.checks.registry import VmaTable
 from kvirt.checks.sorting import ZERO, Sorter
@@ -263,3 +263,17 @@ def test_who_watches_pages_is_given_each(judged):
     ProcessChecker(made.memory.prog, LAYOUT, moves=False, watch=watched.append).check(MM)
     assert judged == [PAGES]
     assert sum(len(batch.address) for batch in watched) == PAGES
+
+
+@pytest.mark.parametrize(
+    ("moves", "seconds", "together"), [(False, 0, True), (True, 60, True), (True, 0, False)]
+)
+def test_while_the_kernel_runs_nothing_is_left_for_long(monkeypatch, judged, moves, seconds, together):
+    monkeypatch.setattr(pagetable, "_TABLES", TABLES // 2)
+    monkeypatch.setattr(patience, "LEFT", seconds)
+    for module in (registry, process, uniform):
+        monkeypatch.setattr(module, "MANY", PAGES + 1)
+    made = Large()
+    assert made.check(moves).pages.verified == PAGES
+    # The tables are read in two halves, neither of which has many entries.
+    assert judged == ([PAGES] if together else [PAGES // 2] * 2)

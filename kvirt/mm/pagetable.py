@@ -158,10 +158,10 @@ def read_alike(leaves: Leaves, bits: int) -> tuple[int, Runs] | None:
     """What entries of level 0 have in common, and where they lead to; None if they differ in it.
 
     :param leaves: at least one, all of them present
-    :param bits: what to look at; it is looked at only where entries begin that differ from those before in
-        more than where they lead to
+    :param bits: what they must have in common
+    :returns: those of the bits that all have, and page frames
     """
-    some, runs = leaves, None
+    some, runs, tables = leaves, None, leaves.tables
     if not leaves.are_scattered():
         starts = np.concatenate(([0], np.flatnonzero(leaves.breaks()) + 1))
         lengths = np.diff(starts, append=len(leaves))
@@ -169,16 +169,18 @@ def read_alike(leaves: Leaves, bits: int) -> tuple[int, Runs] | None:
         frames = leaf_pfn(first).view(np.int64)
         # Not so if addresses are inverted, or a sum went beyond them.
         if (leaf_pfn(last).view(np.int64) - frames == lengths - 1).all():
+            # Within a run nothing else differs.
             some, runs = first, Runs(frames, lengths)
+    every, any_ = int(np.bitwise_and.reduce(some.entry)), int(np.bitwise_or.reduce(some.entry))
+    if (every ^ any_) & bits:
+        return None
     if runs is None:
-        frames, tables = leaf_pfn(leaves).view(np.int64), leaves.tables
-        each, any_ = np.bitwise_and.reduce(leaves.entry), np.bitwise_or.reduce(leaves.entry)
-        if int(any_ & ~each) & ~tables.address_mask(0) or not int(each) & tables.valid:
+        frames = leaf_pfn(leaves).view(np.int64)
+        if any_ & ~every & ~tables.address_mask(0) or not every & tables.valid:
             # They may be neighbours all the same: what differs need not matter, or addresses are inverted.
             runs = runs_of(frames, _NEIGHBOURS)
         runs = runs or Runs(frames, np.ones_like(frames))
-    every = int(np.bitwise_and.reduce(some.entry)) & bits
-    return (every, runs) if every == int(np.bitwise_or.reduce(some.entry)) & bits else None
+    return every & bits, runs
 
 
 def _physical(tables: PageTables, entries: U64, level: int) -> U64:

@@ -344,11 +344,11 @@ class ProcessChecker:
             into.unreadable = str(error)
         return seen
 
-    def _blocks(self, leaves: Leaves) -> Iterator[Leaves]:
+    def _blocks(self, leaves: Leaves) -> Iterable[Leaves]:
         """Entries in the numbers in which each is judged by itself."""
         # Otherwise drgn would read most of the memmap for each block, whatever their number.
         whole = core_of(self.prog) is None and leaves.are_scattered()
-        return leaves.blocks(max(1, len(leaves)) if whole else IN_CACHE)
+        return [leaves] if whole else leaves.blocks(IN_CACHE)
 
     def _judge(
         self,
@@ -388,17 +388,15 @@ class ProcessChecker:
                 few = leaves.part(part)
                 if leaves.level or len(few) >= MANY:
                     yield few
-                    continue
-                since = since if left else time.monotonic()
-                # All that they were read with is not to be kept until then: of each 256 MiB a MiB.
-                left.append(few.copy())
-                if sum(map(len, left)) >= _LEFT_MAX:
+                else:
+                    since = since if left else time.monotonic()
+                    # All that they were read with is not to be kept until then: of each 256 MiB a MiB.
+                    left.append(few.copy())
+                # While the kernel runs, its pages are looked at soon after their entries.
+                late = self.moves and time.monotonic() - since > patience.LEFT
+                if left and (late or sum(map(len, left)) >= _LEFT_MAX):
                     yield join(left)
                     left.clear()
-            # While the kernel runs, its pages are looked at soon after their entries.
-            if left and self.moves and time.monotonic() - since > patience.LEFT:
-                yield join(left)
-                left.clear()
         if left:
             yield join(left)
 
@@ -558,16 +556,17 @@ def _note_pages(
         return
     where = np.flatnonzero(bad.mask)
     room = max(0, HITS_MAX - len(into.hits))
-    rest = where[room:]
-    firsts = rest[np.unique(batch.row[rest], return_index=True)[1]]
-    into.overflow += len(rest) * batch.pages
-    for number, i in enumerate([*where[:room].tolist(), *firsts.tolist()]):
-        vma = batch.table.vmas[int(batch.row[i])]
-        if number >= room:
-            if (check.id, vma.address) in into.told or len(into.told) >= HITS_MAX:
-                continue
-            into.overflow -= batch.pages
-        into.told.add((check.id, vma.address))
+    some, rest, vmas = where[:room], where[room:], batch.table.vmas
+    into.told.update((check.id, vmas[row].address) for row in np.unique(batch.row[some]).tolist())
+    noted = some.tolist()
+    for i in rest[np.unique(batch.row[rest], return_index=True)[1]].tolist():
+        place = check.id, vmas[int(batch.row[i])].address
+        if place not in into.told and len(into.told) < HITS_MAX:
+            into.told.add(place)
+            noted.append(i)
+    into.overflow += (len(where) - len(noted)) * batch.pages
+    for i in noted:
+        vma = vmas[int(batch.row[i])]
         legal = bad.legal is not None and bool(bad.legal[i])
         hit = _PageHit(
             check,

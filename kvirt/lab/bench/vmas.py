@@ -30,16 +30,7 @@ def measure_vmas(kernel: Kernel, rounds: int, report: Report, show: Show) -> dic
                 document[f"{shape} {size}"] = measured = dump.measure(rounds, "check-pid", "lists")
             rows.append(_row(name, measured["ways"], smaller))
             smaller = measured["ways"]
-    headers = [
-        "",
-        "VMAs",
-        "AVCs",
-        "check-pid s",
-        "us each",
-        "growth: of the time",
-        "plain lists s",
-        "us each",
-    ]
+    headers = ["", "VMAs", "AVCs", "check-pid s", "us each", "growth: time", "plain lists s", "us each"]
     show("One process, and a chain of forks, all of them (us for each VMA or AVC)", rows, headers)
     return document
 

@@ -201,7 +201,7 @@ class Core:
             return out
         for start in range(0, len(at), _WINDOWS_MAX // 2):
             part = slice(start, start + _WINDOWS_MAX // 2)
-            self._keep_small(np.unique(at[part] >> to_window))
+            self._keep_small(self._distinct(at[part] >> to_window))
             self._guarded(functools.partial(_copy, self._view(size), at[part], out[part]))
         return out
 
@@ -221,7 +221,7 @@ class Core:
             self._keep_small(slice(int(low.min()), int(high.max()) + 2))
         else:
             windows = [np.arange(a, b + 1) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
-            self._keep_small(np.unique(np.concatenate(windows)))
+            self._keep_small(self._distinct(np.concatenate(windows)))
         source = self._view(size)
         # Those that are worth a look where they are; of others some are put together first.
         alone = np.flatnonzero(lengths >= number // 2)
@@ -270,6 +270,12 @@ class Core:
                 f"{self._path} became shorter while it was read: of {len(self._map)} bytes it has {size}; "
                 "check it again when nobody writes to it."
             )
+
+    def _distinct(self, windows: Places) -> Places:
+        """Each of some windows once. (numpy.unique() would sort them, and import numpy.ma.)"""
+        some = np.zeros_like(self._mapped)
+        some[windows] = True
+        return np.flatnonzero(some)
 
     def _keep_small(self, windows: slice | Places) -> None:
         """Give back what is mapped, if it becomes too much together with what will be."""

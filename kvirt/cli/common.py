@@ -91,6 +91,9 @@ def open_kernel(ctx: click.Context) -> tuple[Target, Layout]:
     options = ctx.find_object(TargetOptions) or TargetOptions()
     disabled = os.environ.get("DRGN_DISABLE_PLUGINS")
     os.environ["DRGN_DISABLE_PLUGINS"] = ",".join([*([disabled] if disabled else []), *_NO_PLUGINS])
+    # Nothing here multiplies matrices, and the threads that numpy would start for that keep a processor busy
+    # for a tenth of a second, as drgn would.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     rest = threading.Thread(target=_import_the_rest)
     with busy("reading the kernel's types"):
         target = open_target(

@@ -339,7 +339,7 @@ class _Sections:
         start = self._start[number]
         unknown = start == _UNKNOWN
         if unknown.any():
-            for section in np.unique(number[unknown]).tolist():
+            for section in np.flatnonzero(np.bincount(number[unknown])).tolist():
                 self._start[section] = self._locate(section)
             start = self._start[number]
         inside = (pfns & np.uint64(self._inside)).astype(np.int64)

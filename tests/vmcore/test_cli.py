@@ -3,12 +3,14 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import jsonschema
 import pytest
 
 from kvirt.render.json import schema
-from tests.vmcore.conftest import kvirt
+from tests.vmcore.conftest import TREE, kvirt
 
 
 def sentence(done):
@@ -181,3 +183,17 @@ def test_plain_scripts(dump):
             assert done.returncode == 1
             assert "Traceback" not in done.stderr
             assert done.stderr.strip()
+
+
+def test_what_takes_long_to_import_is_left_out(dump):
+    # numpy.unique() and its kin bring it in where it is not expected.
+    words = f"""
+import sys
+from kvirt.cli import cli
+cli(["-c", {str(dump.core)!r}, "-s", {str(dump.vmlinux)!r}, "check-pid", "1"], standalone_mode=False)
+print(sorted({{"numpy", "numpy.ma", "drgn.helpers.linux.bpf"}} & sys.modules.keys()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, cwd=TREE, check=False
+    )
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("['numpy']", "")

@@ -58,6 +58,9 @@ def _getter(members: Mapping[str, Member], names: Sequence[str]) -> Values:
     return lambda data: pick(unpack(data))
 
 
+_NONE: Mapping[str, int] = {}
+
+
 class StructLayout:
     """Offsets of the members of one structure, and how to decode its bytes.
 
@@ -70,6 +73,7 @@ class StructLayout:
         self.members = dict(members)
         self._names = tuple(self.members)
         self._getters: dict[tuple[str, ...], Values] = {}
+        self._dtypes: dict[tuple[object, ...], np.dtype[np.void]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return StructLayout, (self.type_name, self.size, self.members)
@@ -91,6 +95,29 @@ class StructLayout:
         if getter is None:
             getter = self._getters[names] = _getter(self.members, names)
         return getter
+
+    def dtype(self, names: tuple[str, ...], more: Mapping[str, int] = _NONE) -> np.dtype[np.void]:
+        """The structure as a record of numpy with some of its members, unsigned.
+
+        :param names: of members with 1, 2, 4 or 8 bytes
+        :param more: names and offsets of other members with 8 bytes
+        """
+        key = names, tuple(more.items())
+        if key not in self._dtypes:
+            # As for Layout.page_dtype.
+            import numpy as np
+
+            places = {name: self.members[name] for name in names}
+            places |= {name: Member(offset, 8) for name, offset in more.items()}
+            self._dtypes[key] = np.dtype(
+                {
+                    "names": list(places),
+                    "formats": [f"<u{member.size}" for member in places.values()],
+                    "offsets": [member.offset for member in places.values()],
+                    "itemsize": self.size,
+                }
+            )
+        return self._dtypes[key]
 
     def read(self, memory: Readable, address: int) -> dict[str, int]:
         """Read the structure at a virtual address with one read.

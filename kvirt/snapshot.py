@@ -7,14 +7,14 @@ with small reads pays for each of them, and while a kernel runs sees neighbours 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import drgn
 
 # Bytes read at once: no kernel has smaller pages.
-_PAGE = 4096
-_WITHIN = _PAGE - 1
+PAGE_BYTES = 4096
+_WITHIN = PAGE_BYTES - 1
 # Pages that are kept. When there are more, all are read anew: it only takes longer.
 _PAGES_MAX = 1 << 13
 
@@ -56,11 +56,20 @@ class Snapshot:
             data = self._prog.read(address, size)
         return data
 
+    def join(self, starts: Sequence[int]) -> bytes | None:
+        """Read whole pages, and put them side by side; None if one of them cannot be read.
+
+        :param starts: their virtual addresses
+        """
+        known = self._pages
+        pages = [known.get(start) or self._load(start) for start in starts]
+        return b"".join(pages) if all(pages) else None
+
     def _load(self, start: int) -> bytes:
         if len(self._pages) >= _PAGES_MAX:
             self._pages.clear()
         try:
-            page: bytes = self._prog.read(start, _PAGE)
+            page: bytes = self._prog.read(start, PAGE_BYTES)
         except (drgn.FaultError, OverflowError):
             page = b""
         self._pages[start] = page

@@ -6,8 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from kvirt.checks.registry import VmaContext, VmaViolations, vma_check
 from kvirt.findings import Severity
+from kvirt.mm.columns import Columns
+from kvirt.mm.structs import Bool
 
 
 @vma_check(
@@ -16,6 +20,7 @@ from kvirt.findings import Severity
     says="A VMA has an anon_vma if and only if its chain is not empty.",
     relied_on="unlink_anon_vmas(), mm/rmap.c",
     faulting=True,
+    glance=lambda columns: (columns.anon_vma >= 0) != columns.marked(columns.links.vma),
 )
 def avc_empty(contexts: Sequence[VmaContext]) -> VmaViolations:
     """The pointer and the list say the same.
@@ -37,6 +42,14 @@ def avc_empty(contexts: Sequence[VmaContext]) -> VmaViolations:
             yield context.violation("the VMA has an anon_vma, and its chain is empty", actual=vma.anon_vma)
 
 
+def _not_self(columns: Columns) -> Bool:
+    """Which chains lack the own anon_vma, or have one twice; they are sound otherwise."""
+    faulted = np.flatnonzero(columns.anon_vma >= 0)
+    lack = faulted[~columns.in_chain(faulted, columns.anon_vma[faulted])]
+    twice = columns.pairs[1:][columns.pairs[1:] == columns.pairs[:-1]]
+    return columns.marked(lack, columns.unpaired(twice)[0])
+
+
 @vma_check(
     "AVC-SELF",
     Severity.ERROR,
@@ -44,6 +57,7 @@ def avc_empty(contexts: Sequence[VmaContext]) -> VmaViolations:
     "own is among them.",
     relied_on="rmap_walk_anon(), anon_vma_clone() and unlink_anon_vmas(), mm/rmap.c",
     faulting=True,
+    glance=_not_self,
 )
 def avc_self(contexts: Sequence[VmaContext]) -> VmaViolations:
     """The chain is this VMA's own, and sound.
@@ -75,11 +89,21 @@ def avc_self(contexts: Sequence[VmaContext]) -> VmaViolations:
             yield context.violation("the VMA's own anon_vma is not in its chain", actual=vma.anon_vma)
 
 
+def _several_roots(columns: Columns) -> Bool:
+    """Which VMAs have a link to another family, or a root that is none."""
+    root, own, links = columns.root, columns.anon_vma, columns.links
+    faulted = np.flatnonzero(own >= 0)
+    no_root = faulted[(root[root] != root)[own[faulted]]]
+    other = root[columns.link_anon_vma] != root[own[links.vma]]
+    return columns.marked(no_root, links.vma[other])
+
+
 @vma_check(
     "ANON-VMA-ROOT",
     Severity.ERROR,
     says="All anon_vmas of a VMA's chain have the same root, which is its own root.",
     relied_on="anon_vma_lock_*(), which lock the root alone, include/linux/rmap.h",
+    glance=_several_roots,
 )
 def anon_vma_root(contexts: Sequence[VmaContext]) -> VmaViolations:
     """One root over the whole chain."""
@@ -103,11 +127,17 @@ def anon_vma_root(contexts: Sequence[VmaContext]) -> VmaViolations:
             yield context.violation(why, expected=root.address, actual=root.root)
 
 
+def _rootless(columns: Columns) -> Bool:
+    faulted = np.flatnonzero(columns.anon_vma >= 0)
+    return columns.marked(faulted[~columns.in_chain(faulted, columns.root[columns.anon_vma[faulted]])])
+
+
 @vma_check(
     "ROOT-IN-CHAIN",
     Severity.ERROR,
     says="The root of a VMA's anon_vma is in its chain.",
     relied_on="__folio_set_anon(), which puts shared folios on the root, mm/rmap.c",
+    glance=_rootless,
 )
 def root_in_chain(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Whoever has a descendant has the root."""
@@ -119,11 +149,17 @@ def root_in_chain(contexts: Sequence[VmaContext]) -> VmaViolations:
             yield context.violation("the root of the VMA's anon_vma is not in its chain", expected=own.root)
 
 
+def _orphaned(columns: Columns) -> Bool:
+    vma = columns.links.vma
+    return columns.marked(vma[~columns.in_chain(vma, columns.parent[columns.link_anon_vma])])
+
+
 @vma_check(
     "PARENT-IN-CHAIN",
     Severity.ERROR,
     says="The parent of each anon_vma in a VMA's chain is in the chain too.",
     relied_on="unlink_anon_vmas(), which counts children down in the parent, mm/rmap.c",
+    glance=_orphaned,
 )
 def parent_in_chain(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Nothing else keeps the parent alive."""

@@ -7,11 +7,18 @@ from collections.abc import Sequence
 
 from kvirt.checks.registry import VmaContext, VmaViolations, vma_check
 from kvirt.findings import Severity
+from kvirt.mm.columns import Columns
 from kvirt.mm.i_mmap import FilePlace
+from kvirt.mm.structs import Bool
 
 
 def _transient(place: FilePlace) -> Severity | None:
     return Severity.TRANSIENT if place.locked else None
+
+
+def _mapped(columns: Columns) -> Bool:
+    mapped: Bool = columns.vmas["vm_file"] != 0
+    return mapped
 
 
 @vma_check(
@@ -19,6 +26,7 @@ def _transient(place: FilePlace) -> Severity | None:
     Severity.ERROR,
     says="Every VMA that maps a file is in the tree of the file's mappings.",
     relied_on="rmap_walk_file() and unmap_mapping_range(), which find VMAs by this tree alone, mm/rmap.c",
+    glance=_mapped,
 )
 def file_tree_in(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Nobody unmaps or writes back without knowing of this VMA."""
@@ -37,6 +45,7 @@ def file_tree_in(contexts: Sequence[VmaContext]) -> VmaViolations:
     says="The VMAs in the tree of a file's mappings are in order of their file offsets, linked both ways, "
     "and rb_leftmost is the first of them.",
     relied_on="mapping_rmap_tree_iter_first(), mm/interval_tree.c",
+    glance=_mapped,
 )
 def file_tree_key(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Sorted. Equal offsets may be in any order."""
@@ -70,6 +79,7 @@ def file_tree_key(contexts: Sequence[VmaContext]) -> VmaViolations:
     Severity.ERROR,
     says="Each VMA in the tree of a file's mappings knows the last file offset of all VMAs below it.",
     relied_on="INTERVAL_TREE_DEFINE(), which prunes by it, include/linux/interval_tree_generic.h",
+    glance=_mapped,
 )
 def file_tree_last(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Nothing is pruned that is wanted, and no search goes astray."""

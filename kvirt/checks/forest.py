@@ -6,9 +6,11 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import drgn
+import numpy as np
 
 from kvirt.checks import patience
 from kvirt.checks.registry import Check, Violation
@@ -17,6 +19,7 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.forest import AnonTree, Family, FamilyReader, MmState, read_family, read_mm_state
+from kvirt.mm.grove import read_grove
 
 _ACCUSING = (Severity.ERROR, Severity.WARNING)
 
@@ -53,6 +56,7 @@ class Forest:
         self._prog = prog
         self._layout = layout
         self._checks = [(check, check.family) for check in checks if check.family is not None]
+        self._glances = [check.family_glance for check, _ in self._checks]
         self._moves = moves
         # VMAs of families that other processes belong to as well, by root: not to be looked at again.
         # Sorted addresses, in as little memory as can be: there may be millions.
@@ -71,17 +75,18 @@ class Forest:
 
         :return: what is wrong, and whether all of it could be looked at in peace
         """
-        members, listed = _members(space)
-        reader = FamilyReader(self._layout, space.records, listed)
+        reader = FamilyReader(self._layout, space.records, _listed(space))
         found: list[FamilyViolation] = []
         quiet = True
         self._latest = []
         self._told_latest = set()
         self.filtered = 0
+        members = {root: vmas for root, vmas in _members(space) if not self._is_done(root, vmas)}
+        for root, shared in self._sound(space, members, reader):
+            del members[root]
+            if shared is not None:
+                self._note_done(root, shared)
         for root, vmas in members.items():
-            known = self._done.get(root)
-            if known is not None and all(known[bisect_right(known, vma) - 1] == vma for vma in vmas):
-                continue
             try:
                 family, violations, settled = self._check_family(root, vmas, reader)
             except drgn.FaultError as error:
@@ -92,9 +97,45 @@ class Forest:
             quiet &= settled
             found += violations
             if family.shared():
-                self._done[root] = array("Q", sorted(family.vmas))
-                self._latest.append(root)
+                self._note_done(root, sorted(family.vmas))
         return found, quiet
+
+    def _is_done(self, root: int, vmas: list[int]) -> bool:
+        """Whether a family was looked at, with all of some VMAs."""
+        known = self._done.get(root)
+        return known is not None and all(known[bisect_right(known, vma) - 1] == vma for vma in vmas)
+
+    def _note_done(self, root: int, vmas: list[int]) -> None:
+        self._done[root] = array("Q", vmas)
+        self._latest.append(root)
+
+    def _sound(
+        self, space: AddressSpace, members: dict[int, list[int]], reader: FamilyReader
+    ) -> Iterator[tuple[int, list[int] | None]]:
+        """Families of which no check has anything to say, found out for all of them together.
+
+        :return: their roots; and the VMAs of those that other processes belong to, ascending
+        """
+        columns = space.columns
+        glances = [glance for glance in self._glances if glance is not None]
+        if not members or columns is None or len(glances) < len(self._glances):
+            return
+
+        def attached(mm: int, vmas: list[tuple[int, int]]) -> bool:
+            reader.forget_trees()
+            return reader.has_attached(mm, vmas)
+
+        roots = columns.finder.find(np.fromiter(members, dtype=np.uint64, count=len(members)))
+        grove = read_grove(space.records.memory, columns, roots, attached)
+        if grove is None:
+            return
+        doubtful = np.logical_or.reduce([glance(grove) for glance in glances])
+        unsound = set(grove.root[doubtful].tolist())
+        of = grove.roots()
+        others = set(of[grove.vm_mm != np.uint64(space.address)].tolist())
+        for row in set(of.tolist()) - unsound:
+            vmas = sorted(grove.vma[of == row].tolist()) if row in others else None
+            yield int(grove.address[row]), vmas
 
     def forget_latest(self) -> None:
         """Have the families of the latest process checked again with the next one that is in them.
@@ -185,24 +226,41 @@ class Forest:
         return {mm: read_mm_state(self._prog, self._layout, mm) for mm in family.mms}
 
 
-def _members(space: AddressSpace) -> tuple[dict[int, list[int]], set[int]]:
-    """VMAs of a process, by the roots of their anon_vmas; and which of its VMAs are in its maple tree."""
-    members: dict[int, list[int]] = {}
-    listed: set[int] = set()
-    for entry in space.entries:
-        vma = entry.vma
-        if vma.vm_mm != space.address:
-            continue
-        if entry.first <= vma.vm_start <= entry.last:
-            listed.add(vma.address)
-        for link in space.chains[vma.address].links:
-            anon_vma = space.anon_vmas.get(link.anon_vma)
-            if anon_vma is None:
-                continue
-            vmas = members.setdefault(anon_vma.root, [])
-            if not vmas or vmas[-1] != vma.address:
-                vmas.append(vma.address)
-    return members, listed
+def _listed(space: AddressSpace) -> set[int]:
+    """Which VMAs of a process are in its maple tree where they begin."""
+    columns = space.columns
+    if columns is None:
+        own = (entry for entry in space.entries if entry.vma.vm_mm == space.address)
+        return {entry.vma.address for entry in own if entry.first <= entry.vma.vm_start <= entry.last}
+    start = columns.vmas["vm_start"]
+    return set(columns.address[(columns.first <= start) & (start <= columns.last)].tolist())
+
+
+def _members(space: AddressSpace) -> Iterable[tuple[int, list[int]]]:
+    """Roots of a process's anon_vmas, each with the VMAs that have it; both by their first addresses."""
+    columns, members = space.columns, dict[int, list[int]]()
+    links: Iterable[tuple[int, int]]
+    if columns is not None:
+        vma, anon_vma = columns.unpaired(columns.pairs)
+        roots, vmas = columns.anon_vmas[columns.root[anon_vma]].tolist(), columns.address[vma].tolist()
+        links = zip(roots, vmas, strict=True)
+    else:
+        links = _links(space)
+    for root, address in links:
+        some = members.setdefault(root, [])
+        if not some or some[-1] != address:
+            some.append(address)
+    return members.items()
+
+
+def _links(space: AddressSpace) -> Iterator[tuple[int, int]]:
+    """Root and VMA of each link of a process's chains."""
+    for vma in space.vmas():
+        if vma.vm_mm == space.address:
+            for link in space.chain(vma).links:
+                anon_vma = space.anon_vmas.get(link.anon_vma)
+                if anon_vma is not None:
+                    yield anon_vma.root, vma.address
 
 
 def _alike(first: Family, second: Family) -> bool:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import drgn
 import numpy as np
@@ -35,6 +37,7 @@ from kvirt.mm.folio import Folios
 from kvirt.mm.i_mmap import FileTrees
 from kvirt.mm.pagetable import IN_CACHE, U64, Leaves, WalkTroubles, for_each_leaf, join
 from kvirt.mm.vma import Vma
+from kvirt.snapshot import Snapshot, Table
 from kvirt.tasks import for_each_process
 
 # Entries of one process that are remembered one by one when they look wrong. Bounds memory when
@@ -149,6 +152,8 @@ class ProcessChecker:
         self._watch = watch
         self.layout = layout
         self.moves = moves
+        # A dump reads the same for every process; a kernel that runs is read anew each time.
+        self._memory = None if moves else Snapshot(prog)
         checks = all_checks(layout)
         self._mm_checks = [(c, c.mm) for c in checks if c.mm is not None]
         self._vma_checks = [(c, c.vma) for c in checks if c.vma is not None]
@@ -259,7 +264,7 @@ class ProcessChecker:
 
         :raises drgn.FaultError: if the mm_struct cannot be read
         """
-        space = read_address_space(self.prog, self.layout, mm)
+        space = read_address_space(self.prog, self.layout, mm, memory=self._memory)
         if self.moves:
             for _ in range(patience.TRIES):
                 if not space.write_locked and space.broken_tree is None:
@@ -273,17 +278,16 @@ class ProcessChecker:
         found: list[tuple[Check, VmaContext | None, Violation]] = []
         for check, whole in self._mm_checks:
             found += [(check, None, violation) for violation in whole(space)]
-        files = FileTrees(self.prog, self.layout, moves=self.moves)
+        files = FileTrees(self.prog, self.layout, memory=self._memory)
+        # VMA-TREE has its say on others; while a fork copies the tree they are the parent's.
+        own = [row for row, entry in enumerate(space.entries) if entry.vma.vm_mm == space.address]
+        some = [self._worth_a_look(check, space, own) for check, _ in self._vma_checks]
         for at in range(0, len(space.entries), _VMAS_AT_ONCE):
-            contexts = [
-                VmaContext(space, entry.vma, entry.first, space.chains[entry.vma.address], files)
-                for entry in space.entries[at : at + _VMAS_AT_ONCE]
-                # VMA-TREE has its say on others; while a fork copies the tree they are the parent's.
-                if entry.vma.vm_mm == space.address
-            ]
+            contexts = Table(partial(self._context, space, files))
             wrong: list[tuple[Check, VmaContext, Violation]] = []
-            for check, run in self._vma_checks:
-                for context, violation in self._objections(run, contexts, into):
+            for (check, run), rows in zip(self._vma_checks, some, strict=True):
+                part = rows[bisect_left(rows, at) : bisect_left(rows, at + _VMAS_AT_ONCE)]
+                for context, violation in self._objections(run, [contexts[row] for row in part], into):
                     wrong.append((check, context, violation))
             # By VMA, and not by check.
             wrong.sort(key=lambda one: one[1].first)
@@ -296,10 +300,25 @@ class ProcessChecker:
             into.violations[check.id, where, numbers[place]] = (check, about, violation)
             numbers[place] += 1
 
+    @staticmethod
+    def _worth_a_look(check: Check, space: AddressSpace, own: list[int]) -> list[int]:
+        """Rows of the VMAs that a check has to look at, ascending."""
+        if space.columns is None or check.vma_glance is None:
+            return own
+        rows: list[int] = np.flatnonzero(check.vma_glance(space.columns)).tolist()
+        return rows
+
+    @staticmethod
+    def _context(space: AddressSpace, files: FileTrees, row: int) -> VmaContext:
+        entry = space.entries[row]
+        return VmaContext(space, entry.vma, entry.first, files)
+
     def _objections(
         self, run: VmaRun, contexts: list[VmaContext], into: _Pass
     ) -> list[tuple[VmaContext, Violation]]:
         """What a check objects to in some VMAs, but for those of which the dump lacks a part."""
+        if not contexts:
+            return []
         try:
             return list(run(contexts))
         except drgn.FaultError as error:

@@ -63,7 +63,7 @@ def folio_rmap_reach(batch: PageBatch) -> PageViolations:
     for at in np.split(where, groups) if len(where) else ():
         vma, address = table.vmas[int(batch.row[at[0]])], int(anon_vma[at[0]])
         tree = table.unsound[address]
-        if address not in table.space.chains[vma.address].anon_vmas():
+        if address not in table.space.chain(vma).anon_vmas():
             continue
         if address not in points:
             points[address] = _points(tree)

@@ -18,8 +18,10 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.arrays import Scalar, constant, is_constant, pick, take
+from kvirt.mm.columns import Columns
 from kvirt.mm.folio import Folios
 from kvirt.mm.forest import AnonTree, Family
+from kvirt.mm.grove import Grove
 from kvirt.mm.i_mmap import FilePlace, FileTrees
 from kvirt.mm.ksm import RmapItems
 from kvirt.mm.pagetable import U64, Bool
@@ -49,8 +51,12 @@ class VmaContext:
     vma: Vma
     first: int
     """First address of its entry in the maple tree."""
-    chain: Chain
     file_trees: FileTrees
+
+    @cached_property
+    def chain(self) -> Chain:
+        """Its chain."""
+        return self.space.chain(self.vma)
 
     @cached_property
     def file_place(self) -> FilePlace | None:
@@ -107,7 +113,10 @@ class VmaTable:
         :param unsound: trees in which the kernel may not find what is there, by anon_vma
         """
         self.unsound = unsound or {}
-        self.vmas = sorted(space.vmas(), key=lambda v: v.vm_start)
+        vmas = list(space.vmas())
+        order = sorted(range(len(vmas)), key=lambda row: vmas[row].vm_start)
+        self._columns_row = np.array(order, dtype=np.intp)
+        self.vmas = [vmas[row] for row in order]
         self.space = space
 
         def array(values: Iterator[int]) -> U64:
@@ -140,6 +149,21 @@ class VmaTable:
             return constant(np.bool_(False), len(row))
         return pick(values, row)
 
+    def off_chain(self, rows: npt.NDArray[np.intp], anon_vmas: U64, *, unfaulted: bool) -> Bool:
+        """Which anon_vmas are not in the chains of VMAs, one of each (:meth:`PageBatch.off_chain`)."""
+        columns = self.space.columns
+        if columns is not None:
+            off = ~columns.in_chain(self._columns_row[rows], columns.finder.find(anon_vmas))
+            return off | (self.anon_vma[rows] == 0) if unfaulted else off
+        verdicts: dict[tuple[int, int], bool] = {}
+        pairs = list(zip(rows.tolist(), anon_vmas.tolist(), strict=True))
+        for row, anon_vma in set(pairs):
+            vma = self.vmas[row]
+            chain = self.space.chain(vma)
+            out = anon_vma not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
+            verdicts[row, anon_vma] = chain.broken is None and out
+        return np.array([verdicts[pair] for pair in pairs], dtype=bool)
+
     def parts(self, addresses: U64) -> Iterator[slice]:
         """Slices of addresses in which those of a VMA with many of them are by themselves.
 
@@ -147,15 +171,15 @@ class VmaTable:
 
         :param addresses: ascending
         """
-        cuts = np.array([0, len(addresses)])
+        cuts = {0, len(addresses)}
         if self.vmas and len(addresses) >= MANY:
             first, last = (np.searchsorted(self.start, addresses[[0, -1]], side="right") - 1).tolist()
             rows = slice(max(first, 0), last + 1)
             begins = np.searchsorted(addresses, self.start[rows])
             ends = np.searchsorted(addresses, self.end[rows])
             many = ends - begins >= MANY
-            cuts = np.unique(np.concatenate((cuts, begins[many], ends[many])))
-        for begin, end in itertools.pairwise(cuts.tolist()):
+            cuts |= {*begins[many].tolist(), *ends[many].tolist()}
+        for begin, end in itertools.pairwise(sorted(cuts)):
             yield slice(begin, end)
 
     def find(self, addresses: U64) -> npt.NDArray[np.intp]:
@@ -242,18 +266,12 @@ class PageBatch:
         if not is_constant(rows):
             # What is in both makes an empty run. (numpy.union1d() would import numpy.ma.)
             begins = np.sort(np.concatenate((begins, _changes(rows))))
-        verdicts: dict[tuple[int, int], bool] = {}
         begins = np.concatenate(([0], begins)) if len(on) else begins
-        runs = list(zip(rows[begins].tolist(), on[begins].tolist(), strict=True))
-        for key in runs:
-            if key not in verdicts:
-                vma = self.table.vmas[key[0]]
-                chain = self.table.space.chains[vma.address]
-                out = key[1] not in chain.anon_vmas() or (unfaulted and vma.anon_vma == 0)
-                verdicts[key] = chain.broken is None and out
-        off = np.zeros(len(on), dtype=bool)
-        if any(verdicts.values()):
-            off = np.repeat([verdicts[key] for key in runs], np.diff(begins, append=len(on)))
+        off = self.table.off_chain(rows[begins], on[begins], unfaulted=unfaulted)
+        if off.any():
+            off = np.repeat(off, np.diff(begins, append=len(on)))
+        else:
+            off = np.zeros(len(on), dtype=bool)
         if len(off) == len(judged):
             return off
         mask = np.zeros(len(judged), dtype=bool)
@@ -319,7 +337,11 @@ MmRun = Callable[[AddressSpace], Iterator[Violation]]
 VmaViolations = Iterator[tuple[VmaContext, Violation]]
 VmaRun = Callable[[Sequence[VmaContext]], VmaViolations]
 PageRun = Callable[[PageBatch], PageViolations]
+# Which VMAs a check may object to.
+VmaGlance = Callable[[Columns], Bool]
 FamilyRun = Callable[[Family], Iterator[Violation]]
+# Which anon_vmas a check may object to.
+FamilyGlance = Callable[[Grove], Bool]
 EntryRun = Callable[[EntryBatch], PageViolations]
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
@@ -351,6 +373,9 @@ class Check:
     vma: VmaRun | None = None
     page: PageRun | None = None
     family: FamilyRun | None = None
+    vma_glance: VmaGlance | None = None
+    family_glance: FamilyGlance | None = None
+    """Which of many VMAs or families have to be looked at one by one (:func:`vma_check`)."""
     entry: EntryRun | None = None
     machine: Callable[..., object] | None = None
     """For checks of a whole machine: the class that is fed with its processes."""
@@ -425,13 +450,18 @@ def vma_check(
     relied_on: str,
     applies: Callable[[Layout], bool] = _always,
     faulting: bool = False,
+    glance: VmaGlance | None = None,
 ) -> Callable[[VmaRun], VmaRun]:
     """Register an invariant of one VMA: a function that is given many, and says which it objects to.
 
     :param faulting: whether the first fault in a VMA breaks it for a moment
+    :param glance: tells of all VMAs of a process at once which the check has to look at: about all others it
+        has nothing to say, not even for information. It may name too many. Without it each is looked at
     """
 
-    return _registering(lambda run: Check(id, severity, says, relied_on, applies, faulting, vma=run))
+    return _registering(
+        lambda run: Check(id, severity, says, relied_on, applies, faulting, vma=run, vma_glance=glance)
+    )
 
 
 def family_check(
@@ -441,10 +471,16 @@ def family_check(
     says: str,
     relied_on: str,
     applies: Callable[[Layout], bool] = _always,
+    glance: FamilyGlance | None = None,
 ) -> Callable[[FamilyRun], FamilyRun]:
-    """Register an invariant of a family of anon_vmas and their trees."""
+    """Register an invariant of a family of anon_vmas and their trees.
 
-    return _registering(lambda run: Check(id, severity, says, relied_on, applies, family=run))
+    :param glance: as for :func:`vma_check`, by the anon_vmas of the families
+    """
+
+    return _registering(
+        lambda run: Check(id, severity, says, relied_on, applies, family=run, family_glance=glance)
+    )
 
 
 def page_check(

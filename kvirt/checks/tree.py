@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
+
 from kvirt.checks.registry import Violation, family_check
 from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.forest import Family
+from kvirt.mm.grove import Grove
+from kvirt.mm.structs import Bool, Rows
 from kvirt.mm.vma import Vma
 
 
@@ -22,12 +26,26 @@ def _counts(layout: Layout) -> bool:
     return "num_active_vmas" in layout.anon_vma and "num_children" in layout.anon_vma
 
 
+def _marked(grove: Grove, *rows: Rows) -> Bool:
+    """Rows of anon_vmas as a mask."""
+    mask = np.zeros(len(grove.address), dtype=bool)
+    for some in rows:
+        mask[some] = True
+    return mask
+
+
+def _sown(grove: Grove) -> Bool:
+    """None: what a grove has is in chains and trees alike."""
+    return _marked(grove)
+
+
 @family_check(
     "AVC-IN-TREE",
     Severity.ERROR,
     says="Every link of a VMA's chain is in the tree of its anon_vma, and every link in such a tree is in "
     "the chain of a VMA.",
     relied_on="rmap_walk_anon(), which finds VMAs by these trees alone, mm/rmap.c",
+    glance=_sown,
 )
 def avc_in_tree(family: Family) -> Iterator[Violation]:
     """Chains and trees hold the same AVCs.
@@ -96,12 +114,32 @@ def _name(anon_vma: int) -> str:
     return f"the tree of the anon_vma {anon_vma:#x}"
 
 
+def _out_of_order(grove: Grove) -> Bool:
+    """Whose tree is not sorted, or has another leftmost node. In a grove nodes are linked both ways."""
+    first, end = np.arange(len(grove.avc)), grove.start.copy()
+    wrong = np.zeros(len(grove.avc), dtype=bool)
+    for level in reversed(grove.levels):
+        rows = np.arange(level.start, level.stop)
+        for child, is_left in ((grove.left[level], True), (grove.right[level], False)):
+            some = child >= 0
+            below, above = child[some], rows[some]
+            if is_left:
+                wrong[above] |= end[below] > grove.start[above]
+                first[above] = first[below]
+            else:
+                wrong[above] |= grove.start[first[below]] < grove.start[above]
+                end[above] = end[below]
+    leftmost = np.where(grove.top >= 0, grove.avc[first[grove.top]], np.uint64(0))
+    return _marked(grove, grove.tree[wrong], np.flatnonzero(leftmost != grove.leftmost))
+
+
 @family_check(
     "ANON-VMA-TREE-KEY",
     Severity.ERROR,
     says="The nodes of an anon_vma's tree are in order of their VMAs' anonymous page offsets, linked both "
     "ways, and rb_leftmost is the first of them.",
     relied_on="anon_vma_interval_tree_iter_first(), mm/interval_tree.c",
+    glance=_out_of_order,
 )
 def anon_vma_tree_key(family: Family) -> Iterator[Violation]:
     """The tree is a tree, and sorted. Equal offsets may be in any order.
@@ -144,11 +182,21 @@ def anon_vma_tree_key(family: Family) -> Iterator[Violation]:
                 )
 
 
+def _ignorant(grove: Grove) -> Bool:
+    """In whose tree a node has another last offset than its own or the largest that its children have."""
+    expected = grove.last.copy()
+    for child in (grove.left, grove.right):
+        above = np.flatnonzero(child >= 0)
+        expected[above] = np.maximum(expected[above], grove.subtree_last[child[above]])
+    return _marked(grove, grove.tree[expected != grove.subtree_last])
+
+
 @family_check(
     "AVC-TREE-SUBTREE-LAST",
     Severity.ERROR,
     says="Each node of an anon_vma's tree knows the last anonymous page offset of all VMAs below it.",
     relied_on="INTERVAL_TREE_DEFINE(), which prunes by it, include/linux/interval_tree_generic.h",
+    glance=_ignorant,
 )
 def avc_tree_subtree_last(family: Family) -> Iterator[Violation]:
     """Nothing is pruned that is wanted, and no search goes astray."""
@@ -170,12 +218,23 @@ def avc_tree_subtree_last(family: Family) -> Iterator[Violation]:
                 )
 
 
+def _numbers(grove: Grove, rows: Rows) -> Rows:
+    """How often each anon_vma is named."""
+    return np.bincount(rows, minlength=len(grove.address))
+
+
+def _miscounted_vmas(grove: Grove) -> Bool:
+    miscounted: Bool = grove.anon_vmas["num_active_vmas"] != _numbers(grove, grove.anon_vma)
+    return miscounted
+
+
 @family_check(
     "ANON-VMA-ACTIVE",
     Severity.ERROR,
     says="anon_vma->num_active_vmas is the number of VMAs that have it as their own.",
     relied_on="maybe_reuse_anon_vma(), which gives an anon_vma without VMAs to a child, mm/rmap.c",
     applies=_counts,
+    glance=_miscounted_vmas,
 )
 def anon_vma_active(family: Family) -> Iterator[Violation]:
     """Counted over all processes.
@@ -198,6 +257,11 @@ def anon_vma_active(family: Family) -> Iterator[Violation]:
             )
 
 
+def _miscounted_children(grove: Grove) -> Bool:
+    miscounted: Bool = grove.anon_vmas["num_children"] != _numbers(grove, grove.parent[grove.top >= 0])
+    return miscounted
+
+
 @family_check(
     "ANON-VMA-CHILDREN",
     Severity.ERROR,
@@ -205,6 +269,7 @@ def anon_vma_active(family: Family) -> Iterator[Violation]:
     "own child.",
     relied_on="maybe_reuse_anon_vma() and unlink_anon_vmas(), mm/rmap.c",
     applies=_counts,
+    glance=_miscounted_children,
 )
 def anon_vma_children(family: Family) -> Iterator[Violation]:
     """A child that no VMA is left of does not count."""
@@ -224,11 +289,19 @@ def anon_vma_children(family: Family) -> Iterator[Violation]:
             )
 
 
+def _referenced_otherwise(grove: Grove) -> Bool:
+    """Who has another number of references than is accounted for, be it more."""
+    family, own = _numbers(grove, grove.root), np.arange(len(grove.root))
+    otherwise: Bool = grove.anon_vmas["refcount"] != np.where(grove.root == own, family, 1)
+    return otherwise
+
+
 @family_check(
     "ANON-VMA-REF",
     Severity.ERROR,
     says="An anon_vma has a reference for its VMAs, and a root one more for each of its descendants.",
     relied_on="put_anon_vma(), which frees it with the last reference, mm/rmap.c",
+    glance=_referenced_otherwise,
 )
 def anon_vma_ref(family: Family) -> Iterator[Violation]:
     """Too few is a use after free to come.
@@ -263,11 +336,33 @@ def anon_vma_ref(family: Family) -> Iterator[Violation]:
             )
 
 
+def _unlike(grove: Grove) -> Bool:
+    """Whose VMAs have not all the same chain."""
+    vmas = len(grove.vma)
+    length = np.bincount(grove.link_vma, minlength=vmas)
+    begin = np.cumsum(length) - length
+    # The first VMA of each anon_vma, which the others are compared with, link by link.
+    some = np.full(len(grove.address), -1, dtype=np.intp)
+    some[grove.anon_vma[::-1]] = np.arange(vmas)[::-1]
+    model = some[grove.anon_vma]
+    wrong = length != length[model]
+    alike = np.flatnonzero(~wrong & (model != np.arange(vmas)))
+    numbers = length[alike]
+    at = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+    differs = (
+        grove.link_anon_vma[np.repeat(begin[alike], numbers) + at]
+        != grove.link_anon_vma[np.repeat(begin[model[alike]], numbers) + at]
+    )
+    wrong[np.repeat(alike, numbers)[differs]] = True
+    return _marked(grove, grove.anon_vma[wrong])
+
+
 @family_check(
     "SAME-AV-SAME-CHAIN",
     Severity.ERROR,
     says="VMAs that have the same anon_vma as their own have the same anon_vmas in their chains.",
     relied_on="is_mergeable_anon_vma(), which takes the one for the other, mm/vma.c",
+    glance=_unlike,
 )
 def same_av_same_chain(family: Family) -> Iterator[Violation]:
     """Whoever shares one shares all."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from kvirt.checks.registry import Violation, VmaContext, VmaViolations, mm_check, vma_check
 from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
+from kvirt.mm.columns import Columns
+from kvirt.mm.structs import Bool
 from kvirt.mm.vma import displacement, vma_is_cow_mapping, vma_is_pure_anon, vma_pages
 from kvirt.scheme import Scheme
 
@@ -30,6 +34,14 @@ def _one_offset(layout: Layout) -> bool:
     return layout.scheme is Scheme.LEGACY
 
 
+def _ill_placed(columns: Columns) -> Bool:
+    """Which VMAs are not where the maple tree has them. Columns are of VMAs of one mm."""
+    start, end = columns.vmas["vm_start"], columns.vmas["vm_end"]
+    ill: Bool = (start != columns.first) | (end - np.uint64(1) != columns.last) | (start >= end)
+    ill |= (start | end) & np.uint64(columns.layout.page_size - 1) != 0
+    return ill
+
+
 @mm_check(
     "VMA-TREE",
     Severity.ERROR,
@@ -45,7 +57,9 @@ def vma_tree(space: AddressSpace) -> Iterator[Violation]:
     if space.broken_tree is not None:
         yield Violation(f"mm->mm_mt cannot be followed to its end: {space.broken_tree}")
     page_mask = space.layout.page_size - 1
-    for entry in space.entries:
+    columns = space.columns
+    rows = range(len(space.entries)) if columns is None else np.flatnonzero(_ill_placed(columns)).tolist()
+    for entry in (space.entries[row] for row in rows):
         vma = entry.vma
         where = f"the entry for {entry.first:#x}-{entry.last + 1:#x}"
         if vma.vm_mm != space.address:
@@ -82,12 +96,54 @@ def vma_tree(space: AddressSpace) -> Iterator[Violation]:
         )
 
 
+def _displaced(columns: Columns) -> Bool:
+    """Which VMAs have no anon_vma, and are displaced."""
+    shift = np.uint64(columns.layout.page_shift)
+    displaced: Bool = (columns.anon_vma < 0) & (columns.anon_pgoff != columns.vmas["vm_start"] >> shift)
+    return displaced
+
+
+def _displaced_pure(columns: Columns) -> Bool:
+    return _displaced(columns) & _pure(columns)
+
+
+def _pure(columns: Columns) -> Bool:
+    pure: Bool = (columns.vmas["vm_ops"] | columns.vmas["vm_file"]) == 0
+    return pure
+
+
+def _differs(columns: Columns) -> Bool:
+    differs: Bool = _pure(columns) & (columns.anon_pgoff != columns.vmas["vm_pgoff"])
+    return differs
+
+
+def _wraps(columns: Columns) -> Bool:
+    """Which VMAs reach beyond half of what is possible, as none does."""
+    shift, size = np.uint64(columns.layout.page_shift), columns.vmas["vm_end"] - columns.vmas["vm_start"]
+    half = np.uint64(1 << (63 - columns.layout.page_shift))
+    wraps: Bool = (columns.anon_pgoff >= half) | (size >> shift >= half)
+    return wraps
+
+
+def _faulted_noncow(columns: Columns) -> Bool:
+    vm = columns.layout.vm
+    shared, maywrite = np.uint64(vm["SHARED"] | vm["MAYWRITE"]), np.uint64(vm["MAYWRITE"])
+    noncow: Bool = (columns.anon_vma >= 0) & (columns.vmas["vm_flags"] & shared != maywrite)
+    return noncow
+
+
+def _hugetlb(columns: Columns) -> Bool:
+    hugetlb: Bool = columns.vmas["vm_flags"] & np.uint64(columns.layout.vm["HUGETLB"]) != 0
+    return hugetlb
+
+
 @vma_check(
     "VMA-UNFAULTED-PGOFF",
     Severity.ERROR,
     says="A VMA without anon_vma has its address as anonymous page offset, whatever it maps.",
     relied_on="vma_merge and the coming look-up by folio->index; vma_set_range(), mm/vma.c",
     applies=_two_offsets,
+    glance=_displaced,
 )
 def vma_unfaulted_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Unfaulted is in place.
@@ -114,6 +170,7 @@ def vma_unfaulted_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     relied_on="assert_sane_pgoff(), mm/vma.h",
     # With two offsets VMA-UNFAULTED-PGOFF and VMA-PURE-ANON-PGOFF say the same, and more.
     applies=_one_offset,
+    glance=_displaced_pure,
 )
 def leg_unfaulted_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Unfaulted is in place, on kernels with one offset.
@@ -139,6 +196,7 @@ def leg_unfaulted_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     says="In an anonymous VMA without file both page offsets are the same, wherever it was moved.",
     relied_on="linear_anon_page_index(), include/linux/pagemap.h; can_vma_merge_*(), mm/vma.c",
     applies=_two_offsets,
+    glance=_differs,
 )
 def vma_pure_anon_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Both offsets of pure anonymous memory agree."""
@@ -158,6 +216,7 @@ def vma_pure_anon_pgoff(contexts: Sequence[VmaContext]) -> VmaViolations:
     says="The anonymous page offsets of a VMA neither wrap nor leave the address space.",
     relied_on="the anon_vma interval trees, mm/interval_tree.c",
     applies=_two_offsets,
+    glance=_wraps,
 )
 def vma_no_wrap(contexts: Sequence[VmaContext]) -> VmaViolations:
     """The range of offsets is one that addresses can have."""
@@ -177,6 +236,7 @@ def vma_no_wrap(contexts: Sequence[VmaContext]) -> VmaViolations:
     Severity.WARNING,
     says="A VMA in which nothing can be copied on write has no anon_vma.",
     relied_on="vma_anon_address(), mm/internal.h",
+    glance=_faulted_noncow,
 )
 def anonvma_in_noncow(contexts: Sequence[VmaContext]) -> VmaViolations:
     """Nothing to find by rmap, no anon_vma.
@@ -199,6 +259,7 @@ def anonvma_in_noncow(contexts: Sequence[VmaContext]) -> VmaViolations:
     Severity.ERROR,
     says="The page offsets of a hugetlb VMA are multiples of its huge page.",
     relied_on="hugetlb_linear_page_index(), include/linux/hugetlb.h",
+    glance=_hugetlb,
 )
 def hugetlb_align(contexts: Sequence[VmaContext]) -> VmaViolations:
     """No huge page begins within another.

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import drgn
+import numpy as np
 
 from kvirt.filtered import damage_only
 from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
+from kvirt.mm.columns import Columns, read_columns
 from kvirt.mm.file import File, read_file
 from kvirt.mm.maple import MapleError, MapleTree, mt_for_each
 from kvirt.mm.rmap import AnonVma, Chain, Records
-from kvirt.mm.vma import Vma
+from kvirt.mm.structs import Unclear, all_of, require
+from kvirt.mm.vma import Vma, read_vmas, vmas_of
 from kvirt.snapshot import Readable, Snapshot
 
 
@@ -26,7 +30,7 @@ class MmEntry(NamedTuple):
     vma: Vma
 
 
-@dataclass(slots=True)
+@dataclass
 class AddressSpace:
     """A ``struct mm_struct`` and what hangs on it."""
 
@@ -49,16 +53,46 @@ class AddressSpace:
     at: frozenset[int] | None = None
     """If not None, only the VMAs at these addresses were read."""
     entries: list[MmEntry] = field(default_factory=list)
-    chains: dict[int, Chain] = field(default_factory=dict)
-    """Chain of each VMA, by the VMA's address."""
-    anon_vmas: dict[int, AnonVma] = field(default_factory=dict)
-    """Each anon_vma in the chains, and what it points to, by address."""
-    unreadable: dict[int, str] = field(default_factory=dict)
-    """anon_vmas that could not be read, and why."""
+    columns: Columns | None = None
+    """The same as arrays, if nothing was in the way of reading all of its VMAs, chains and anon_vmas."""
     files: dict[int, File | None] = field(default_factory=dict)
     """Each file that is mapped, by the address of its ``struct file``; None if it cannot be read."""
     broken_tree: str | None = None
     """Why the maple tree could not be followed to its end, if it could not."""
+
+    @cached_property
+    def chains(self) -> dict[int, Chain]:
+        """Chain of each VMA, by the VMA's address."""
+        return {vma.address: self.chain(vma) for vma in self.vmas()}
+
+    def chain(self, vma: Vma) -> Chain:
+        """Chain of one VMA."""
+        return self.records.chains[vma.address]
+
+    @cached_property
+    def anon_vmas(self) -> dict[int, AnonVma]:
+        """Each anon_vma in the chains that can be read, and what it points to, by address."""
+        return self.read_anon_vmas()
+
+    def read_anon_vmas(self) -> dict[int, AnonVma]:
+        """What :attr:`anon_vmas` is, read now."""
+        leads_to: list[int] = []
+        for vma in self.vmas():
+            leads_to.append(vma.anon_vma)
+            leads_to += [link.anon_vma for link in self.chain(vma).links]
+        known = dict(self._readable(leads_to))
+        # A root that is not in any chain is damage, and a check wants to look at it.
+        known.update(self._readable([at for one in known.values() for at in (one.root, one.parent)]))
+        return known
+
+    def _readable(self, addresses: Iterable[int]) -> Iterator[tuple[int, AnonVma]]:
+        # Each once, in this order.
+        for address in dict.fromkeys(addresses):
+            if address:
+                try:
+                    yield address, self.records.anon_vmas[address]
+                except drgn.FaultError as error:
+                    damage_only(error)
 
     def file(self, vma: Vma) -> File | None:
         """The file that a VMA maps; None if it maps none, or if it cannot be read."""
@@ -67,19 +101,6 @@ class AddressSpace:
     def vmas(self) -> Iterator[Vma]:
         """The VMAs in order of their addresses."""
         return (entry.vma for entry in self.entries)
-
-
-def _add_anon_vmas(space: AddressSpace, addresses: Iterable[int]) -> None:
-    known, records = space.anon_vmas, space.records.anon_vmas
-    # Each once, in this order.
-    for address in dict.fromkeys(addresses):
-        if address in known or address == 0 or address in space.unreadable:
-            continue
-        try:
-            known[address] = records[address]
-        except drgn.FaultError as error:
-            damage_only(error)
-            space.unreadable[address] = str(error)
 
 
 def _add_file(space: AddressSpace, address: int) -> None:
@@ -121,16 +142,22 @@ def _entries_at(
 
 
 def read_address_space(
-    prog: drgn.Program, layout: Layout, mm: int, *, at: frozenset[int] | None = None
+    prog: drgn.Program,
+    layout: Layout,
+    mm: int,
+    *,
+    at: frozenset[int] | None = None,
+    memory: Snapshot | None = None,
 ) -> AddressSpace:
     """Read a process's VMAs, their chains and anon_vmas.
 
     :param mm: address of the ``struct mm_struct``
     :param at: if given, only the VMAs at these addresses
+    :param memory: what may be read from, rather than anew
     :raises drgn.FaultError: if the mm_struct itself cannot be read, or if something was left out of the dump;
         everything else that cannot be read or followed is recorded
     """
-    memory = Snapshot(prog)
+    memory = memory or Snapshot(prog)
     m = layout.mm.read(memory, mm)
     space = AddressSpace(
         layout=layout,
@@ -147,28 +174,49 @@ def read_address_space(
         brk=m["brk"],
         at=at,
     )
-    ma_root, vmas = m["ma_root"], space.records.vmas
+    ma_root = m["ma_root"]
     entries = mt_for_each(memory, layout, ma_root) if at is None else _entries_at(memory, layout, ma_root, at)
+    found: list[tuple[int, int, int]] = []
     try:
-        for first, last, entry in entries:
-            try:
-                vma = vmas[entry]
-            except drgn.FaultError as error:
-                damage_only(error)
-                space.broken_tree = f"the entry for {first:#x} points to {entry:#x}, which cannot be read"
-                continue
-            space.entries.append(MmEntry(first, last, vma))
+        # Until it is broken off.
+        for entry in entries:
+            found.append(entry)
     except MapleError as error:
         space.broken_tree = str(error)
-    chains, files, read = space.chains, space.files, space.records.chains
-    leads_to: list[int] = []
+    try:
+        _read_all(space, memory, found)
+    except Unclear:
+        _read_each(space, found)
     for vma in space.vmas():
-        chain = chains[vma.address] = read[vma.address]
-        if vma.vm_file and vma.vm_file not in files:
+        if vma.vm_file and vma.vm_file not in space.files:
             _add_file(space, vma.vm_file)
-        leads_to.append(vma.anon_vma)
-        leads_to += [link.anon_vma for link in chain.links]
-    _add_anon_vmas(space, leads_to)
-    # A root that is not in any chain is damage, and a check wants to look at it.
-    _add_anon_vmas(space, [at for one in space.anon_vmas.values() for at in (one.root, one.parent)])
     return space
+
+
+def _read_all(space: AddressSpace, memory: Snapshot, found: list[tuple[int, int, int]]) -> None:
+    """Read all VMAs at once, with what they are tied to.
+
+    :param found: first and last address of each entry of the maple tree, and what it points to
+    :raises Unclear: if anything is in the way
+    """
+    require(found and space.at is None and space.broken_tree is None)
+    first, last, address = (np.array(column, dtype=np.uint64) for column in zip(*found, strict=True))
+    vmas = read_vmas(memory, space.layout, address)
+    # While a fork copies the tree, entries that it did not come to yet are the parent's.
+    require(all_of(vmas["vm_mm"] == np.uint64(space.address)) and len(set(address.tolist())) == len(address))
+    space.columns = read_columns(memory, space.layout, first, last, address, vmas)
+    made = vmas_of(space.layout, address, vmas)
+    space.records.vmas.update((vma.address, vma) for vma in made)
+    space.entries = [MmEntry(first, last, vma) for (first, last, _), vma in zip(found, made, strict=True)]
+
+
+def _read_each(space: AddressSpace, found: list[tuple[int, int, int]]) -> None:
+    """Read one VMA after the other, with what it is tied to."""
+    for first, last, entry in found:
+        try:
+            space.entries.append(MmEntry(first, last, space.records.vmas[entry]))
+        except drgn.FaultError as error:
+            damage_only(error)
+            space.broken_tree = f"the entry for {first:#x} points to {entry:#x}, which cannot be read"
+    # Now, and not when somebody asks for them: it is known then whether the dump has them.
+    space.anon_vmas = space.read_anon_vmas()

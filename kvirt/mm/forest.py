@@ -114,8 +114,7 @@ class FamilyReader:
         :raises drgn.FaultError: if a part of it was left out of the dump
         """
         mark = self.records.mark()
-        if len(self.mm_trees) > _MM_TREES_MAX:
-            self.mm_trees.clear()
+        self.forget_trees()
         reading = _Reading(self, root)
         try:
             reading.add_anon_vma(root)
@@ -132,6 +131,25 @@ class FamilyReader:
         if address not in self.mms:
             self.mms[address] = read_mm_state(self.records.memory, self.layout, address)
         return self.mms[address]
+
+    def has_attached(self, address: int, vmas: Iterable[tuple[int, int]]) -> bool:
+        """Whether some VMAs are in the maple tree of an mm.
+
+        :param address: of the ``struct mm_struct``
+        :param vmas: address and first address of each
+        :raises MapleError: if that cannot be told
+        :raises drgn.FaultError: if what tells it was left out of the dump
+        """
+        mm = self.mm(address)
+        if mm is None or mm.mm_users == 0:
+            return False
+        tree, listed = self.mm_tree(address, mm), self.listed
+        return all(vma in listed or tree.mtree_load(start) == vma for vma, start in vmas)
+
+    def forget_trees(self) -> None:
+        """Drop the maple trees that were looked at, if these are many."""
+        if len(self.mm_trees) > _MM_TREES_MAX:
+            self.mm_trees.clear()
 
     def mm_tree(self, address: int, state: MmState) -> MapleTree:
         """The maple tree of a ``struct mm_struct``."""
@@ -195,17 +213,12 @@ class _Reading:
         return vma
 
     def is_attached(self, vma: Vma) -> bool:
-        mms, address = self.family.mms, vma.vm_mm
-        mm = mms.get(address) or self.reader.mm(address)
-        if mm is None:
-            return False
-        mms[address] = mm
-        if mm.mm_users == 0:
-            return False
-        if vma.address in self.reader.listed:
-            return True
+        reader, address = self.reader, vma.vm_mm
+        mm = reader.mm(address)
+        if mm is not None:
+            self.family.mms[address] = mm
         try:
-            return self.reader.mm_tree(address, mm).mtree_load(vma.vm_start) == vma.address
+            return reader.has_attached(address, ((vma.address, vma.vm_start),))
         except MapleError:
             # VMA-TREE reports a damaged one; here the VMA is taken for what it says it is.
             self.family.lost = True

@@ -63,19 +63,19 @@ class FilePlace(NamedTuple):
 class FileTrees:
     """Reads places in the trees of files' mappings."""
 
-    def __init__(self, prog: drgn.Program, layout: Layout, *, moves: bool) -> None:
+    def __init__(self, prog: drgn.Program, layout: Layout, *, memory: Snapshot | None = None) -> None:
         """Prepare.
 
-        :param moves: whether the kernel runs while it is read: then what looks wrong is read anew
+        :param memory: of a dump; of a kernel that runs what looks wrong is read anew
         """
         self._prog = prog
         self._layout = layout
-        self._moves = moves
+        self._still = memory
         self._root = root_decoder(layout.file_tree)
         self._read_anew()
 
     def _read_anew(self) -> None:
-        memory = self._memory = Snapshot(self._prog)
+        memory = self._memory = self._still or Snapshot(self._prog)
         layout, decode_root = self._layout, self._root
         how = layout.mapping
         get_count = how.getter(("rwsem_count",)) if "rwsem_count" in how else lambda data: (0,)
@@ -95,7 +95,7 @@ class FileTrees:
         :raises drgn.FaultError: if a part of the tree was left out of the dump
         """
         place = self._read(vma, mapping)
-        if not self._moves:
+        if self._still is not None:
             return place
         for _ in range(_READINGS):
             if not place.suspicious(vma):

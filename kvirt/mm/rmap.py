@@ -12,7 +12,7 @@ from kvirt.filtered import damage_only
 from kvirt.layout import RWSEM_WRITER_LOCKED, Layout
 from kvirt.mm.interval_tree import RbNode, Root, node_decoder, root_decoder
 from kvirt.mm.vma import Vma, vma_reader
-from kvirt.snapshot import Readable, Table
+from kvirt.snapshot import Readable, Snapshot, Table
 
 # A chain is as long as the process is deep in forks. No kernel gets near; a damaged list may.
 CHAIN_MAX = 1 << 16
@@ -127,7 +127,7 @@ class Records:
     Looking one up raises :class:`drgn.FaultError` if it cannot be read.
     """
 
-    def __init__(self, memory: Readable, layout: Layout) -> None:
+    def __init__(self, memory: Snapshot, layout: Layout) -> None:
         self.memory = memory
         self.vmas: Table[Vma] = Table(vma_reader(memory, layout))
         self.avcs: Table[AnonVmaChain] = Table(avc_reader(memory, layout))

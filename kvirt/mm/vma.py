@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import NamedTuple
 
 import drgn
+import numpy as np
 
-from kvirt.layout import Layout, StructLayout, Values, layout_of
-from kvirt.snapshot import Readable
+from kvirt.layout import Layout, StructLayout, layout_of
+from kvirt.mm.structs import U64, Records, read_structs
+from kvirt.snapshot import Readable, Snapshot
 
 _ULONG_MAX = (1 << 64) - 1
 
@@ -71,18 +73,18 @@ _MEMBERS = (
 )
 
 
+_Make = Callable[[Layout, int, tuple[int, ...]], Vma]
+
+
 @lru_cache(maxsize=4)
-def _decoder(
-    how: StructLayout,
-) -> tuple[Values, Callable[[tuple[object, ...]], tuple[object, ...]], int, int]:
+def _decoder(how: StructLayout) -> tuple[tuple[str, ...], _Make]:
     """How to take a VMA apart, found once a kernel.
 
-    :return: a function that takes members out of its bytes; one that picks those of a :class:`Vma` out of
-        layout, address, 0, these members, and ``anon_pgoff``; where in the members that has its halves
+    :return: members to take out of it, in order of their offsets, so that they need no sorting; and a
+        function that makes a :class:`Vma` of them
     """
     halves = ("anon_pgoff_lo", "anon_pgoff_hi") if "anon_pgoff_lo" in how else ("vm_pgoff", "vm_pgoff")
     members = [name for name in {*_MEMBERS, *halves, "anon_name"} if name in how]
-    # In order of their offsets they need no sorting.
     members.sort(key=how.offset)
     at = {name: 3 + index for index, name in enumerate(members)}
     # A VMA that cannot have a name has 0.
@@ -90,7 +92,13 @@ def _decoder(
     if "anon_pgoff_lo" not in how:
         places["anon_pgoff"] = at["vm_pgoff"]
     low, high = (members.index(name) for name in halves)
-    return how.getter(tuple(members)), itemgetter(*(places[name] for name in Vma._fields)), low, high
+    pick = itemgetter(*(places[name] for name in Vma._fields))
+
+    def make(layout: Layout, address: int, values: tuple[int, ...]) -> Vma:
+        # include/linux/mm.h: vma_start_anon_pgoff()
+        return _make(Vma, pick((layout, address, 0, *values, values[high] << 32 | values[low])))
+
+    return tuple(members), make
 
 
 def vma_reader(memory: Readable, layout: Layout) -> Callable[[int], Vma]:
@@ -98,15 +106,39 @@ def vma_reader(memory: Readable, layout: Layout) -> Callable[[int], Vma]:
 
     It raises :class:`drgn.FaultError` if the ``struct vm_area_struct`` cannot be read.
     """
-    size = layout.vma.size
-    get, pick, low, high = _decoder(layout.vma)
+    size, (members, make) = layout.vma.size, _decoder(layout.vma)
+    get = layout.vma.getter(members)
+    return lambda address: make(layout, address, get(memory.read(address, size)))
 
-    def read(address: int) -> Vma:
-        values = get(memory.read(address, size))
-        # include/linux/mm.h: vma_start_anon_pgoff()
-        return _make(Vma, pick((layout, address, 0, *values, values[high] << 32 | values[low])))
 
-    return read
+def read_vmas(memory: Snapshot, layout: Layout, addresses: U64) -> Records:
+    """Read VMAs, with the members that :class:`Vma` has.
+
+    :raises Unclear: if one cannot be read
+    """
+    return read_structs(memory, layout.vma.dtype(_decoder(layout.vma)[0]), addresses)
+
+
+def vmas_of(layout: Layout, addresses: U64, records: Records) -> list[Vma]:
+    """Each of some VMAs by itself.
+
+    :param records: from :func:`read_vmas`
+    """
+    make = partial(_decoder(layout.vma)[1], layout)
+    return list(map(make, addresses.tolist(), records.tolist()))
+
+
+def start_anon_pgoffs(layout: Layout, records: Records) -> U64:
+    """``vma_start_anon_pgoff()`` of each of some VMAs (include/linux/mm.h).
+
+    :param records: from :func:`read_vmas`
+    """
+    pgoffs: U64
+    if "anon_pgoff_lo" in layout.vma:
+        pgoffs = records["anon_pgoff_hi"].astype(np.uint64) << np.uint64(32) | records["anon_pgoff_lo"]
+    else:
+        pgoffs = records["vm_pgoff"]
+    return pgoffs
 
 
 def vma_snapshot(vma: drgn.Object) -> Vma:

@@ -65,22 +65,29 @@ class Hostile:
         # What random pointers may lead to: memory that is there and is something else.
         self.direct_map = self.prog["page_offset_base"].value_()
 
-    def run(self, seed):
-        """Damage, check, mend."""
-        outcome = Outcome()
+    @contextmanager
+    def damaged(self, seed):
+        """The dump as it is damaged by a seed: gives what was damaged, and the process that is."""
         chance = random.Random(seed)
         scene = Scenery(self, chance)
+        said = []
         try:
             for _ in range(chance.choice((1, 1, 2, 4, 8, 16))):
                 kind = chance.choice(KINDS)
                 try:
-                    outcome.damaged.append(f"{kind.__name__}: {kind(scene)}")
+                    said.append(f"{kind.__name__}: {kind(scene)}")
                 except (drgn.FaultError, IndexError, OverflowError) as error:
                     # What was damaged before may have taken it away.
-                    outcome.damaged.append(f"{kind.__name__}: not there ({error})")
-            outcome.report = self.check(outcome.pids)
+                    said.append(f"{kind.__name__}: not there ({error})")
+            yield said, scene
         finally:
             self.overlay.undo()
+
+    def run(self, seed):
+        """Damage, check, mend."""
+        with self.damaged(seed) as (said, _):
+            outcome = Outcome(said)
+            outcome.report = self.check(outcome.pids)
         return outcome
 
     def check(self, pids=None):

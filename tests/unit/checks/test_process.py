@@ -519,9 +519,7 @@ def test_part_of_a_tree_that_the_dump_lacks_costs_other_vmas_no_check():
     checker = ProcessChecker(made_up.memory.prog, LAYOUT, moves=False)
     into = process._Pass(checker.read(MM))
     [entry] = into.space.entries
-    lacking, first, second = (
-        VmaContext(into.space, entry.vma, at, into.space.chains[VMA], None) for at in range(3)
-    )
+    lacking, first, second = (VmaContext(into.space, entry.vma, at, None) for at in range(3))
 
     def run(contexts):
         for context in contexts:

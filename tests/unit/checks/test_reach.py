@@ -39,7 +39,7 @@ def crowd(vmas, hidden):
     table = SimpleNamespace(
         vmas=[SimpleNamespace(address=i + 1) for i in range(vmas)],
         unsound={ANON_VMA: tree},
-        space=SimpleNamespace(chains={i + 1: Chain((tree.links[AVCS + i],)) for i in range(vmas)}),
+        space=SimpleNamespace(chain=lambda vma: Chain((tree.links[AVCS + vma.address - 1],))),
         temporary_stack=np.zeros(vmas, dtype=bool),
     )
     folios = SimpleNamespace(

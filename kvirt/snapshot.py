@@ -37,8 +37,12 @@ class Snapshot:
     Nothing in it becomes newer: whoever wants to read again takes a new one.
     """
 
-    def __init__(self, prog: drgn.Program) -> None:
-        self._prog = prog
+    def __init__(self, prog: drgn.Program, read_page: Callable[[int], bytes] = lambda start: b"") -> None:
+        """Prepare.
+
+        :param read_page: reads a page at an address faster than the program does, or gives less than a page
+        """
+        self._prog, self._read_page = prog, read_page
         self._pages: dict[int, bytes] = {}
 
     def read(self, address: int, size: int, /) -> bytes:
@@ -68,10 +72,12 @@ class Snapshot:
     def _load(self, start: int) -> bytes:
         if len(self._pages) >= _PAGES_MAX:
             self._pages.clear()
-        try:
-            page: bytes = self._prog.read(start, PAGE_BYTES)
-        except (drgn.FaultError, OverflowError):
-            page = b""
+        page = self._read_page(start)
+        if len(page) < PAGE_BYTES:
+            try:
+                page = self._prog.read(start, PAGE_BYTES)
+            except (drgn.FaultError, OverflowError):
+                page = b""
         self._pages[start] = page
         return page
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvirt.filtered import damage_only
 from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
+from kvirt.memory import snapshot_of
 from kvirt.mm.columns import Columns, read_columns
 from kvirt.mm.file import File, read_file
 from kvirt.mm.maple import MapleError, MapleTree, mt_for_each
@@ -157,7 +158,7 @@ def read_address_space(
     :raises drgn.FaultError: if the mm_struct itself cannot be read, or if something was left out of the dump;
         everything else that cannot be read or followed is recorded
     """
-    memory = memory or Snapshot(prog)
+    memory = memory or snapshot_of(prog, layout.page_offset)
     m = layout.mm.read(memory, mm)
     space = AddressSpace(
         layout=layout,

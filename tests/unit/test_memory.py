@@ -12,7 +12,7 @@ import pytest
 from kvirt import memory
 from kvirt.elfcore import PT_LOAD
 from kvirt.errors import KvirtError
-from kvirt.memory import Runs, core_of, map_core, runs_of, unmap_core
+from kvirt.memory import Runs, core_of, map_core, runs_of, snapshot_of, unmap_core
 from kvirt.mm import memmap
 from kvirt.mm.arrays import is_constant
 from kvirt.mm.memmap import read_struct_pages, read_uniform
@@ -53,6 +53,31 @@ def read(core, *frames):
     assert (found == found[:, :1]).all()
     words = iter(found[:, 0].tolist())
     return [next(words) if place >= 0 else None for place in at]
+
+
+def test_snapshot_reads_the_direct_map_from_the_file(tmp_path):
+    path = write_core(tmp_path / "core", [(0x10000, pages(1, 2, 3), 0)])
+    base, asked = 0xFFFF888000000000, []
+
+    class Program:
+        cache, flags = {}, drgn.ProgramFlags(0)
+
+        def read(self, address, size):
+            asked.append(address - base)
+            return pages(9)
+
+    prog = Program()
+    map_core(prog, path)
+    core_of(prog).hide(0x11008, 8)
+    seen = snapshot_of(prog, base)
+    words = [seen.read(base + at, 8)[0] for at in (0x10000, 0x11000, 0x12FF8, 0x13000, -4096)]
+    assert (words, asked) == ([1, 9, 3, 9, 9], [0x11000, 0x13000, -4096])
+    # Of a file that became shorter drgn says what is wrong.
+    os.truncate(path, OFFSET + 4096 + 8)
+    assert snapshot_of(prog, base).read(base + 0x11000, 8)[0] == 9
+    assert snapshot_of(prog, base).read(base + 0x12000, 8)[0] == 9
+    # Where it is not known where the direct map is.
+    assert snapshot_of(prog, None).read(base + 0x10000, 8)[0] == 9
 
 
 @pytest.mark.parametrize("left", [0, OFFSET + 4096, OFFSET + 3 * 4096 - 8])

@@ -5,6 +5,8 @@ import drgn
 import pytest
 
 from kvirt.checks.process import ProcessChecker
+from kvirt.layout import layout_of
+from kvirt.memory import core_of
 from kvirt.mm import address_space
 from kvirt.mm.structs import Unclear
 from kvirt.tasks import for_each_process
@@ -59,3 +61,15 @@ def test_sound_processes_are_read_at_once(hostile):
     checker = ProcessChecker(hostile.prog, hostile.layout, moves=False)
     for process in for_each_process(hostile.prog, moves=False).found:
         assert checker.read(process.mm).columns is not None, process
+
+
+def test_pages_from_the_file_are_those_that_drgn_reads(dump):
+    prog = dump.open().prog
+    layout = layout_of(prog)
+    core, base = core_of(prog), layout.page_offset
+    assert base == prog["page_offset_base"].value_()
+    for process in for_each_process(prog, moves=False).found:
+        space = ProcessChecker(prog, layout, moves=False).read(process.mm)
+        some = {*space.columns.address.tolist(), *space.columns.links.avc.tolist(), process.mm}
+        for page in {address & ~4095 for address in some}:
+            assert core.page((page - base) >> 12) == prog.read(page, 4096)

@@ -304,8 +304,24 @@ def neighbours(first: Places, lengths: Places) -> Places:
     if not len(ends):
         return np.empty(0, dtype=np.int64)
     at: Places = np.repeat(first - (ends - lengths), lengths)
-    at += np.arange(len(at))
+    at += ramp(len(at))
     return at
+
+
+# As many numbers as are wanted at once of neighbouring pages.
+_RAMP = 1 << 18
+
+
+def ramp(length: int) -> Places:
+    """``numpy.arange(length)``, not to be written to; one that is not too long is made once."""
+    return _ramp()[:length] if length <= _RAMP else np.arange(length)
+
+
+@functools.cache
+def _ramp() -> Places:
+    numbers = np.arange(_RAMP)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _copy(source: Things, at: Places, out: Things) -> None:

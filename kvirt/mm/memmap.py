@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, Core, Places, Runs, Things, core_of, neighbours, runs_of
+from kvirt.memory import PAGE_BYTES, Core, Places, Runs, Things, core_of, neighbours, ramp, runs_of
 from kvirt.mm.arrays import Column, is_constant
 from kvirt.mm.pagetable import U64, Bool, kernel_huge_page
 
@@ -198,7 +197,7 @@ class _Common:
         begin, self._seen = self._seen, self._seen + len(things)
         index = _aligned(pages["index"])
         if self._numbers is None:
-            base = index - _ramp()[: len(index)]
+            base = index - ramp(len(index)).view(np.uint64)
             base -= np.uint64(begin)
         else:
             base = index - self._numbers[begin : self._seen].view(np.uint64)
@@ -214,11 +213,6 @@ class _Common:
 def _aligned(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A copy, if need be: a core's memory may begin at any multiple of four, and numpy is slow with that."""
     return column if column.flags.aligned else column.copy()
-
-
-@functools.cache
-def _ramp() -> U64:
-    return np.arange(_BLOCK_PAGES, dtype=np.uint64)
 
 
 def read_uniform(

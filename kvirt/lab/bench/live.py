@@ -4,9 +4,10 @@
 Run inside a guest, as root: ``python3 -m kvirt.lab.bench.live PAGE_TYPES PID ROUNDS`` prints one JSON
 document. kvirt runs in this process and has its symbols already; page-types is started anew each time, as it
 has to be. The plain read is nothing but system calls, for the process's pagemap and the entries of
-/proc/kpageflags of its pages, whose places are known beforehand; dd is two of it, started anew as page-types
-is, for the longest stretch of each of the two files alone. The read of /proc/kcore is the same as the plain
-one, for its lowest page tables and the struct pages of its pages: what kvirt has to read.
+/proc/kpageflags of its pages, whose places are known beforehand. dd reads these in large blocks, started anew
+as page-types is: the longest stretch of pagemap, and of kpageflags what most of the pages have, with what is
+between them. The read of /proc/kcore is the same as the plain one, for its lowest page tables and the struct
+pages of its pages: what kvirt has to read.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from kvirt.tasks import find_process
 KCORE = "/proc/kcore"
 ENTRY = 8
 BLOCK = 1 << 20
-# One page in so many has to be in the longest stretch.
-SOME = 16
+# The first and the last of so many pages are left to others, for they may be anywhere.
+FEW = 100
+# Entries so far apart are not read with all between them.
+GAP = 1 << 16
 # Documentation/admin-guide/mm/pagemap.rst: bits 0-54 are the page frame, bit 63 says that there is one.
 PFN = (1 << 55) - 1
 PRESENT = 1 << 63
@@ -66,6 +69,13 @@ def runs_of_kpageflags(pfns: U64) -> Runs:
     """Where in /proc/kpageflags page frames are, which are in order."""
     breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
     return [(int(run[0]) * ENTRY, len(run) * ENTRY) for run in np.split(pfns, breaks)]
+
+
+def stretches_of_kpageflags(pfns: U64) -> Runs:
+    """Where in /proc/kpageflags most page frames are, which are in order, with what is between them."""
+    bulk = pfns[len(pfns) // FEW : len(pfns) - len(pfns) // FEW]
+    breaks = np.flatnonzero(np.diff(bulk) > GAP) + 1
+    return [(int(run[0]) * ENTRY, (int(run[-1] - run[0]) + 1) * ENTRY) for run in np.split(bulk, breaks)]
 
 
 def runs_of_kcore(prog: drgn.Program, layout: Layout, pgd: int, addresses: U64, pfns: U64) -> Runs:
@@ -135,10 +145,8 @@ def main() -> None:
         for _ in blocks("/proc/kpageflags", kpageflags):
             pass
 
-    def largest(runs: Runs) -> tuple[int, int]:
-        return max(runs, key=lambda run: run[1])
-
-    commands = [dd(f"/proc/{pid}/pagemap", largest(pagemap)), dd("/proc/kpageflags", largest(kpageflags))]
+    commands = [dd(f"/proc/{pid}/pagemap", max(pagemap, key=lambda run: run[1]))]
+    commands += [dd("/proc/kpageflags", run) for run in stretches_of_kpageflags(pfns)]
 
     def started() -> None:
         for command in commands:
@@ -152,10 +160,7 @@ def main() -> None:
         subprocess.run([page_types, "-p", str(pid)], stdout=subprocess.DEVNULL, check=True)
 
     ways: dict[str, Callable[[], None]] = {"check-pid": kvirt, "page-types": tool, "plain read": plain}
-    ways["kcore"] = memory
-    # Of a process whose pages are all over the memory it would read next to nothing.
-    if largest(kpageflags)[1] * SOME > len(pfns) * ENTRY:
-        ways["dd"] = started
+    ways |= {"dd": started, "kcore": memory}
     seconds = take_turns(ways, rounds)
     print(json.dumps({**seen, "seconds": seconds}))
 

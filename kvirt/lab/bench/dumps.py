@@ -124,8 +124,11 @@ SHAPES = [Memory(shape, USUAL.pages) for shape in ("fragmented", "huge", "mixed"
 LEAST = Memory("contiguous", KI)
 FEW = Memory("contiguous", 64 * KI)
 MEMORIES = [LEAST, FEW, USUAL, *SHAPES, LARGE, LARGEST]
-# And as many pages in more and more processes.
-GROWING = [FEW, *(Memory("contiguous", FEW.pages * number, number) for number in (4, 16, 64))]
+# And as many pages in more and more processes, of each shape that may make a difference.
+GROWING = {
+    shape: [Memory(shape, FEW.pages * number, number) for number in (1, 8, 64)]
+    for shape in ("contiguous", "huge", "mixed")
+}
 
 
 def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> dict[str, Any]:
@@ -147,14 +150,21 @@ def measure_pages(kernel: Kernel, rounds: int, report: Report, show: Show) -> di
                     report(f"The kdump-compressed dump is left out: {str(error).splitlines()[-1]}")
         rows.append(_row(name, document[name], document.get(_name(LEAST))))
     _show(document, rows, show)
-    for memory in GROWING[1:]:
-        if _fits(memory, report):
+    grown: list[list[str]] = []
+    for memories in GROWING.values():
+        one: dict[str, Any] | None = None
+        for memory in memories:
+            if not _fits(memory, report):
+                continue
             with (
                 dumped(kernel, memory, report, "elf") as [dump],
                 step(report, f"Looking at {_name(memory)}", "pages"),
             ):
-                document[_name(memory)] = dump.measure(rounds, "check-pid")
-    _show_growth(document, show)
+                grows = document[f"growing {_name(memory)}"] = dump.measure(rounds * OFTEN, "check-pid")
+            grown.append(_growth(memory, grows, one))
+            one = one or grows
+    headers = ["pages", "processes", "ms", "M pages/s", "beside one process", "MiB"]
+    show("check-pid of more and more processes of 64 Ki pages", grown, headers)
     return document
 
 
@@ -221,17 +231,21 @@ def _row(name: str, measured: dict[str, Any], least: dict[str, Any] | None) -> l
     ]
 
 
-def _show_growth(document: dict[str, Any], show: Show) -> None:
-    one = rate(document[_name(FEW)]["ways"]["check-pid"])
-    rows = []
-    for memory in GROWING:
-        if _name(memory) in document:
-            taken = document[_name(memory)]["ways"]["check-pid"]
-            seconds = f"{statistics.median(taken['seconds']) * 1000:.1f}"
-            beside = f"{rate(taken) / one - 1:+.0%}"
-            rows.append([str(memory.processes), size(memory.pages), seconds, _millions(taken), beside])
-    headers = ["processes", "pages", "ms", "M pages/s", "beside one process"]
-    show("check-pid of more and more processes of 64 Ki pages, contiguous", rows, headers)
+def _growth(memory: Memory, measured: dict[str, Any], one: dict[str, Any] | None) -> list[str]:
+    """A row for processes of the same size.
+
+    :param one: what was measured of one of them; None for itself
+    """
+    taken = measured["ways"]["check-pid"]
+    beside = "" if one is None else f"{rate(taken) / rate(one['ways']['check-pid']) - 1:+.0%}"
+    return [
+        f"{memory.shape} {size(memory.pages)}",
+        str(memory.processes),
+        f"{statistics.median(taken['seconds']) * 1000:.1f}",
+        _millions(taken),
+        beside,
+        f"{measured['added_kib'] / KI:.0f}",
+    ]
 
 
 def _show(document: dict[str, Any], rows: list[list[str]], show: Show) -> None:

@@ -278,7 +278,7 @@ class ProcessChecker:
         found: list[tuple[Check, VmaContext | None, Violation]] = []
         for check, whole in self._mm_checks:
             found += [(check, None, violation) for violation in whole(space)]
-        files = FileTrees(self.prog, self.layout, memory=self._memory)
+        files = FileTrees(self.prog, self.layout, space.records.memory, moves=self.moves)
         # VMA-TREE has its say on others; while a fork copies the tree they are the parent's.
         own = [row for row, entry in enumerate(space.entries) if entry.vma.vm_mm == space.address]
         some = [self._worth_a_look(check, space, own) for check, _ in self._vma_checks]

@@ -63,19 +63,20 @@ class FilePlace(NamedTuple):
 class FileTrees:
     """Reads places in the trees of files' mappings."""
 
-    def __init__(self, prog: drgn.Program, layout: Layout, *, memory: Snapshot | None = None) -> None:
+    def __init__(self, prog: drgn.Program, layout: Layout, memory: Snapshot, *, moves: bool) -> None:
         """Prepare.
 
-        :param memory: of a dump; of a kernel that runs what looks wrong is read anew
+        :param memory: what was read with the VMAs, which are nodes of the trees
+        :param moves: whether the kernel runs while it is read: then what looks wrong is read anew
         """
         self._prog = prog
         self._layout = layout
-        self._still = memory
+        self._moves = moves
         self._root = root_decoder(layout.file_tree)
-        self._read_anew()
+        self._read_from(memory)
 
-    def _read_anew(self) -> None:
-        memory = self._memory = self._still or Snapshot(self._prog)
+    def _read_from(self, memory: Snapshot) -> None:
+        self._memory = memory
         layout, decode_root = self._layout, self._root
         how = layout.mapping
         get_count = how.getter(("rwsem_count",)) if "rwsem_count" in how else lambda data: (0,)
@@ -95,12 +96,12 @@ class FileTrees:
         :raises drgn.FaultError: if a part of the tree was left out of the dump
         """
         place = self._read(vma, mapping)
-        if self._still is not None:
+        if not self._moves:
             return place
         for _ in range(_READINGS):
             if not place.suspicious(vma):
                 break
-            self._read_anew()
+            self._read_from(Snapshot(self._prog))
             again = self._read(vma, mapping)
             if again == place and not place.locked:
                 break

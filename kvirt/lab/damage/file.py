@@ -14,7 +14,7 @@ from kvirt.mm.vma import Vma
 
 def _place(scene: Scene, wanted: str, fits: Callable[[Vma, FilePlace], bool]) -> tuple[Vma, FilePlace, int]:
     """A VMA of a file with its place in the file's tree, and the file's mapping."""
-    trees = FileTrees(scene.prog, scene.layout, memory=scene.space.records.memory)
+    trees = FileTrees(scene.prog, scene.layout, scene.space.records.memory, moves=False)
     for vma in scene.vmas():
         file = scene.space.file(vma)
         if file is not None:

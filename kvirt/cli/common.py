@@ -136,11 +136,10 @@ def say_incomplete(report: Report) -> None:
 
 
 class _Line:
-    """One line on the terminal that is written again a few times a second."""
+    """One line on the terminal that is written a few times a second; what is done sooner writes none."""
 
     def __init__(self) -> None:
-        self._last = 0.0
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()
 
     def show(self, text: Callable[[float], str]) -> None:
         """Write it, unless that was done just now.
@@ -154,7 +153,8 @@ class _Line:
 
     def wipe(self) -> None:
         """Leave nothing behind."""
-        click.echo("\r\x1b[K", err=True, nl=False)
+        if self._last != self._began:
+            click.echo("\r\x1b[K", err=True, nl=False)
 
 
 @contextmanager

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
 import random
 import resource
+import sys
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from drgn.helpers.linux.pid import find_task
 
@@ -92,6 +96,13 @@ class Bench:
         self.target, self.core, self.pids = target, core, pids
         self.layout = layout_of(target.prog)
 
+    @functools.cached_property
+    def _terminal(self) -> TextIO:
+        """A terminal that somebody reads."""
+        ours, theirs = os.openpty()
+        threading.Thread(target=_read_all, args=(ours,), daemon=True).start()
+        return os.fdopen(theirs, "w")
+
     def loop(self, taken: Taken) -> Callable[[], None]:
         """Pages of the first process, one at a time."""
         task = find_task(self.target.prog, self.pids[0])
@@ -155,11 +166,12 @@ class Bench:
 
     def _check(self, taken: Taken, *, moves: bool, progress: bool) -> Callable[[], None]:
         processes = [find_process(self.target.prog, pid) for pid in self.pids]
+        stderr = self._terminal if progress else sys.stderr
 
         def run() -> None:
             checker = _TimedChecker(self.target.prog, self.layout, moves=moves)
             report = Report()
-            with _terminal() if progress else contextlib.nullcontext(), page_progress() as show:
+            with contextlib.redirect_stderr(stderr), page_progress() as show:
                 for process in processes:
                     report.add(check_task(checker, process, show))
             taken.walk.append(checker.walk)
@@ -176,12 +188,10 @@ class Bench:
         return run
 
 
-@contextlib.contextmanager
-def _terminal() -> Iterator[None]:
-    """Have stderr be a terminal, as big as what is shown in some seconds."""
-    ours, theirs = os.openpty()
-    with os.fdopen(ours), os.fdopen(theirs, "w") as stderr, contextlib.redirect_stderr(stderr):
-        yield
+def _read_all(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
 
 
 def _note(taken: Taken, report: Report) -> None:

@@ -320,8 +320,6 @@ class Layout:
     pgtable: PageTables
     vmemmap: int
     """Address of the struct page of page frame 0."""
-    page_offset: int | None
-    """``PAGE_OFFSET``, where the kernel maps all physical memory from 0 on; None if it does not tell."""
     vma: StructLayout
     mm: StructLayout
     avc: StructLayout
@@ -416,12 +414,6 @@ def _variable(prog: drgn.Program, name: str) -> drgn.Object | None:
         return prog.variable(name)
     except LookupError:
         return None
-
-
-def _page_offset(prog: drgn.Program) -> int | None:
-    # arch/x86/include/asm/page_64_types.h: __PAGE_OFFSET
-    address = _address(prog, "page_offset_base")
-    return None if address is None else prog.read_u64(address)
 
 
 def _address(prog: drgn.Program, name: str) -> int | None:
@@ -943,7 +935,6 @@ def read_layout(prog: drgn.Program) -> Layout:
         scheme=scheme,
         pgtable=tables,
         vmemmap=int(prog["vmemmap"].value_()),
-        page_offset=_page_offset(prog),
         vma=_vma(prog, scheme),
         mm=_struct(
             prog,

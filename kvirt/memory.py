@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from kvirt.elfcore import PT_LOAD, ProgramHeader, read_elf_core
 from kvirt.errors import KvirtError
-from kvirt.snapshot import Snapshot
+from kvirt.snapshot import PAGE_BYTES
 
 U64 = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
@@ -67,7 +67,6 @@ def runs_of(numbers: Places, scattered: int) -> Runs | None:
     return Runs(numbers[starts], np.diff(starts, append=len(numbers)))
 
 
-PAGE_BYTES = 4096
 _CACHE_KEY = "kvirt.core"
 # What is looked at has so much of the file mapped around it (fault_around_bytes, mm/memory.c), and counts as
 # this process's memory until it is given back.
@@ -187,13 +186,22 @@ class Core:
         return at
 
     def page(self, frame: int) -> bytes:
-        """A page by its page frame; nothing if it is to be read by drgn."""
+        """A page by its page frame; nothing, or less than a page, if it is to be read by drgn.
+
+        :raises KvirtError: if the file cannot be read
+        """
         for first, end, place in self._runs:
             if first <= frame < end and frame not in self._hidden:
                 at = (place + frame - first) * PAGE_BYTES + self._grid
                 # A system call takes half as long as to be prepared for what the mapped file may do.
-                return os.pread(self._file.fileno(), PAGE_BYTES, at)
+                try:
+                    return os.pread(self._file.fileno(), PAGE_BYTES, at)
+                except OSError:
+                    raise self._unreadable() from None
         return b""
+
+    def _unreadable(self) -> KvirtError:
+        return KvirtError(f"{self._path} could not be read: does its disk or file server fail?")
 
     def gather(self, at: Places, size: int) -> Things:
         """Things of *size* bytes, a power of two and a page at most, in an array of their own.
@@ -267,7 +275,7 @@ class Core:
         self._failed |= not _bus_errors().guard(self._mapped_at, lambda: out.append(read()))
         if self._failed:
             self.ensure_whole()
-            raise KvirtError(f"{self._path} could not be read: does its disk or file server fail?")
+            raise self._unreadable()
         return out[0]
 
     def ensure_whole(self) -> None:
@@ -359,18 +367,6 @@ def core_of(prog: drgn.Program) -> Core | None:
     """The core that a program's memory can be read from directly."""
     core: Core | None = prog.cache.get(_CACHE_KEY)
     return core
-
-
-def snapshot_of(prog: drgn.Program, page_offset: int | None) -> Snapshot:
-    """A new snapshot of a program's memory, read from the core's file where that is known to be the same.
-
-    :param page_offset: ``PAGE_OFFSET``; None if it is not known
-    """
-    core = core_of(prog)
-    if core is None or page_offset is None:
-        return Snapshot(prog)
-    base, read = page_offset, core.page
-    return Snapshot(prog, lambda start: read((start - base) // PAGE_BYTES))
 
 
 def unmap_core(prog: drgn.Program) -> None:

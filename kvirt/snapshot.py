@@ -66,7 +66,7 @@ class Snapshot:
         :param starts: their virtual addresses
         """
         known = self._pages
-        pages = [known.get(start) or self._load(start) for start in starts]
+        pages = [known[start] if start in known else self._load(start) for start in starts]
         return b"".join(pages) if all(pages) else None
 
     def _load(self, start: int) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 from kvirt.checks.registry import VmaContext, VmaViolations, vma_check
 from kvirt.findings import Severity
 from kvirt.mm.columns import Columns
-from kvirt.mm.structs import Bool
+from kvirt.mm.pagetable import Bool
 
 
 @vma_check(
@@ -47,7 +47,7 @@ def _not_self(columns: Columns) -> Bool:
     faulted = np.flatnonzero(columns.anon_vma >= 0)
     lack = faulted[~columns.in_chain(faulted, columns.anon_vma[faulted])]
     twice = columns.pairs[1:][columns.pairs[1:] == columns.pairs[:-1]]
-    return columns.marked(lack, columns.unpaired(twice)[0])
+    return columns.marked(lack, twice // max(1, len(columns.anon_vmas)))
 
 
 @vma_check(

@@ -9,7 +9,7 @@ from kvirt.checks.registry import VmaContext, VmaViolations, vma_check
 from kvirt.findings import Severity
 from kvirt.mm.columns import Columns
 from kvirt.mm.i_mmap import FilePlace
-from kvirt.mm.structs import Bool
+from kvirt.mm.pagetable import Bool
 
 
 def _transient(place: FilePlace) -> Severity | None:

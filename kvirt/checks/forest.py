@@ -241,7 +241,8 @@ def _members(space: AddressSpace) -> Iterable[tuple[int, list[int]]]:
     columns, members = space.columns, dict[int, list[int]]()
     links: Iterable[tuple[int, int]]
     if columns is not None:
-        vma, anon_vma = columns.unpaired(columns.pairs)
+        order = np.argsort(columns.links.vma, kind="stable")
+        vma, anon_vma = columns.links.vma[order], columns.link_anon_vma[order]
         roots, vmas = columns.anon_vmas[columns.root[anon_vma]].tolist(), columns.address[vma].tolist()
         links = zip(roots, vmas, strict=True)
     else:

@@ -31,10 +31,11 @@ from kvirt.checks.uniform import Uniform
 from kvirt.filtered import is_filtered
 from kvirt.findings import Finding, PageCounts, Severity
 from kvirt.layout import Layout
-from kvirt.memory import core_of, snapshot_of
+from kvirt.memory import core_of
 from kvirt.mm.address_space import AddressSpace, mm_unchanged, read_address_space
 from kvirt.mm.folio import Folios
 from kvirt.mm.i_mmap import FileTrees
+from kvirt.mm.kernel import snapshot_of
 from kvirt.mm.pagetable import IN_CACHE, U64, Leaves, WalkTroubles, for_each_leaf, join
 from kvirt.mm.vma import Vma
 from kvirt.snapshot import Table
@@ -153,7 +154,7 @@ class ProcessChecker:
         self.layout = layout
         self.moves = moves
         # A dump reads the same for every process; a kernel that runs is read anew each time.
-        self._memory = None if moves else snapshot_of(prog, layout.page_offset)
+        self._memory = None if moves else snapshot_of(prog, layout)
         checks = all_checks(layout)
         self._mm_checks = [(c, c.mm) for c in checks if c.mm is not None]
         self._vma_checks = [(c, c.vma) for c in checks if c.vma is not None]

@@ -374,8 +374,9 @@ class Check:
     page: PageRun | None = None
     family: FamilyRun | None = None
     vma_glance: VmaGlance | None = None
+    """Which of many VMAs have to be looked at one by one (:func:`vma_check`)."""
     family_glance: FamilyGlance | None = None
-    """Which of many VMAs or families have to be looked at one by one (:func:`vma_check`)."""
+    """The same of many families, by their anon_vmas."""
     entry: EntryRun | None = None
     machine: Callable[..., object] | None = None
     """For checks of a whole machine: the class that is fed with its processes."""

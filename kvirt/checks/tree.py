@@ -14,7 +14,8 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.forest import Family
 from kvirt.mm.grove import Grove
-from kvirt.mm.structs import Bool, Rows
+from kvirt.mm.pagetable import Bool
+from kvirt.mm.structs import Rows
 from kvirt.mm.vma import Vma
 
 
@@ -34,18 +35,14 @@ def _marked(grove: Grove, *rows: Rows) -> Bool:
     return mask
 
 
-def _sown(grove: Grove) -> Bool:
-    """None: what a grove has is in chains and trees alike."""
-    return _marked(grove)
-
-
 @family_check(
     "AVC-IN-TREE",
     Severity.ERROR,
     says="Every link of a VMA's chain is in the tree of its anon_vma, and every link in such a tree is in "
     "the chain of a VMA.",
     relied_on="rmap_walk_anon(), which finds VMAs by these trees alone, mm/rmap.c",
-    glance=_sown,
+    # What a grove has is in chains and trees alike.
+    glance=lambda grove: _marked(grove),
 )
 def avc_in_tree(family: Family) -> Iterator[Violation]:
     """Chains and trees hold the same AVCs.

@@ -12,7 +12,7 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.columns import Columns
-from kvirt.mm.structs import Bool
+from kvirt.mm.pagetable import Bool
 from kvirt.mm.vma import displacement, vma_is_cow_mapping, vma_is_pure_anon, vma_pages
 from kvirt.scheme import Scheme
 

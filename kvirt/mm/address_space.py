@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""One process's struct mm_struct with its VMAs, their chains and anon_vmas, as read in one pass."""
+"""One process's struct mm_struct with its VMAs, their chains and anon_vmas, as one snapshot has them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from kvirt.filtered import damage_only
 from kvirt.layout import MMF_UNSTABLE, RWSEM_WRITER_LOCKED, Layout
-from kvirt.memory import snapshot_of
 from kvirt.mm.columns import Columns, read_columns
 from kvirt.mm.file import File, read_file
+from kvirt.mm.kernel import snapshot_of
 from kvirt.mm.maple import MapleError, MapleTree, mt_for_each
 from kvirt.mm.rmap import AnonVma, Chain, Records
 from kvirt.mm.structs import Unclear, all_of, require
@@ -158,7 +158,7 @@ def read_address_space(
     :raises drgn.FaultError: if the mm_struct itself cannot be read, or if something was left out of the dump;
         everything else that cannot be read or followed is recorded
     """
-    memory = memory or snapshot_of(prog, layout.page_offset)
+    memory = memory or snapshot_of(prog, layout)
     m = layout.mm.read(memory, mm)
     space = AddressSpace(
         layout=layout,

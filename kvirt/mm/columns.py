@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvirt.layout import Layout
+from kvirt.mm.pagetable import U64, Bool
 from kvirt.mm.rmap import CHAIN_MAX
 from kvirt.mm.structs import (
-    U64,
-    Bool,
     Finder,
-    Records,
     Rows,
+    Structs,
     all_of,
     array_of,
     read_structs,
@@ -64,7 +63,7 @@ class Links:
     """Address of the anon_vma."""
 
 
-def read_links(memory: Snapshot, layout: Layout, addresses: U64, vmas: Records) -> Links:
+def read_links(memory: Snapshot, layout: Layout, addresses: U64, vmas: Structs) -> Links:
     """Follow the chains of some VMAs, all of them a link at a time.
 
     :param addresses: of the VMAs
@@ -90,7 +89,8 @@ def read_links(memory: Snapshot, layout: Layout, addresses: U64, vmas: Records) 
         address = node - to_link
         avcs = read_structs(memory, dtype, address)
         require(all_of(avcs["same_vma_prev"] == before) and all_of(avcs["vma"] == addresses[row]))
-        depths.append((row, address, avcs["anon_vma"]))
+        # Without the rest of the AVCs, which a view would keep.
+        depths.append((row, address, avcs["anon_vma"].copy()))
         before, node = node, avcs["same_vma_next"]
     require(not len(node))
     if not depths:
@@ -109,7 +109,7 @@ class Columns:
     """First and last address of each VMA's entry in the maple tree."""
     address: U64
     """Of each ``struct vm_area_struct``."""
-    vmas: Records
+    vmas: Structs
     """Its members, as in :class:`kvirt.mm.vma.Vma`."""
     anon_pgoff: U64
     """``vma_start_anon_pgoff()``"""
@@ -122,7 +122,7 @@ class Columns:
     """Address of each anon_vma."""
     finder: Finder
     """Finds them by their addresses."""
-    records: Records
+    records: Structs
     """What was read of each."""
     root: Rows
     parent: Rows
@@ -130,11 +130,6 @@ class Columns:
 
     pairs: Rows
     """The row of each link's VMA times the number of anon_vmas, plus the row of its anon_vma; ascending."""
-
-    def unpaired(self, pairs: Rows) -> tuple[Rows, Rows]:
-        """Rows of the VMAs and of the anon_vmas of some of :attr:`pairs`."""
-        number = max(1, len(self.anon_vmas))
-        return pairs // number, pairs % number
 
     def marked(self, *rows: Rows) -> Bool:
         """Rows of VMAs as a mask."""
@@ -155,7 +150,7 @@ class Columns:
 
 
 def read_columns(
-    memory: Snapshot, layout: Layout, first: U64, last: U64, address: U64, vmas: Records
+    memory: Snapshot, layout: Layout, first: U64, last: U64, address: U64, vmas: Structs
 ) -> Columns:
     """Read what VMAs are tied to.
 

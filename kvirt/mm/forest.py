@@ -14,8 +14,8 @@ import drgn
 
 from kvirt.filtered import damage_only
 from kvirt.layout import RWSEM_LOCK_MASK, RWSEM_WRITER_LOCKED, Layout
-from kvirt.memory import snapshot_of
 from kvirt.mm.interval_tree import Interval, RbNode, Root, TreeError, in_order
+from kvirt.mm.kernel import snapshot_of
 from kvirt.mm.maple import MapleError, MapleTree
 from kvirt.mm.rmap import AnonVma, AnonVmaChain, Chain, Records
 from kvirt.mm.vma import Vma, vma_last_anon_pgoff
@@ -264,4 +264,4 @@ def read_mm_state(memory: Readable, layout: Layout, address: int) -> MmState | N
 
 def read_family(prog: drgn.Program, layout: Layout, root: int, members: Iterable[int]) -> Family:
     """Read a family by itself, as :meth:`FamilyReader.read` does, and everything anew."""
-    return FamilyReader(layout, Records(snapshot_of(prog, layout.page_offset), layout)).read(root, members)
+    return FamilyReader(layout, Records(snapshot_of(prog, layout), layout)).read(root, members)

@@ -17,11 +17,11 @@ import numpy as np
 from kvirt.mm.columns import LINKS_MAX, Columns, Links, anon_vma_dtype, avc_dtype, read_links
 from kvirt.mm.interval_tree import DEPTH_MAX
 from kvirt.mm.maple import MapleError
+from kvirt.mm.pagetable import U64
 from kvirt.mm.structs import (
-    U64,
     Finder,
-    Records,
     Rows,
+    Structs,
     Unclear,
     all_of,
     array_of,
@@ -41,7 +41,7 @@ class Grove:
 
     address: U64
     """Of each ``struct anon_vma``."""
-    anon_vmas: Records
+    anon_vmas: Structs
     """What was read of each."""
     root: Rows
     """Row of each anon_vma's root."""
@@ -102,10 +102,10 @@ class _Reading:
         self._avc_dtype, self._anon_vma_dtype = avc_dtype(self._layout), anon_vma_dtype(self._layout)
         self._roots = set(columns.anon_vmas[roots].tolist())
         # What was read so far, part by part. Rows count through all parts.
-        self._anon_vmas: list[tuple[U64, Records]] = []
-        self._vmas: list[tuple[U64, Records]] = []
+        self._anon_vmas: list[tuple[U64, Structs]] = []
+        self._vmas: list[tuple[U64, Structs]] = []
         self._links: list[Links] = []
-        self._avcs: list[tuple[U64, Records]] = []
+        self._avcs: list[tuple[U64, Structs]] = []
         self._tops: list[tuple[Rows, Rows]] = []
         # Of each level: rows of the trees' anon_vmas, and of the children.
         self._trees: list[Rows] = []
@@ -118,9 +118,16 @@ class _Reading:
         some = np.zeros(len(columns.anon_vmas), dtype=bool)
         some[roots] = True
         some = some[columns.root]
-        addresses, records, links = columns.anon_vmas[some], columns.records[some], columns.links
+        links = columns.links
         on = some[columns.link_anon_vma]
         mask = columns.marked(links.vma[on])
+        # All links of these VMAs, and not only those to these families.
+        require(all_of(on == mask[links.vma]))
+        # Only what chains lead to, and the roots.
+        some[:] = False
+        some[roots] = True
+        some[columns.link_anon_vma[on]] = True
+        addresses, records = columns.anon_vmas[some], columns.records[some]
         vmas, number = columns.address[mask], np.cumsum(mask) - 1
         part = Links(number[links.vma[on]], links.avc[on], links.anon_vma[on])
         self._add_vmas(vmas, columns.vmas[mask], part)
@@ -139,14 +146,14 @@ class _Reading:
             addresses = array_of(new)
             records = read_structs(self._memory, self._anon_vma_dtype, addresses)
 
-    def _add_vmas(self, addresses: U64, vmas: Records, links: Links) -> None:
+    def _add_vmas(self, addresses: U64, vmas: Structs, links: Links) -> None:
         self._vmas.append((addresses, vmas))
         self._links.append(Links(links.vma + self._vma_count, links.avc, links.anon_vma))
         self._vma_count += len(addresses)
         self._link_count += len(links.avc)
         require(self._link_count <= LINKS_MAX)
 
-    def _read_trees(self, addresses: U64, anon_vmas: Records) -> U64:
+    def _read_trees(self, addresses: U64, anon_vmas: Structs) -> U64:
         """Add anon_vmas, and read their trees; returns the VMAs that these lead to."""
         require(self._roots.issuperset(anon_vmas["root"].tolist()))
         self._anon_vmas.append((addresses, anon_vmas))
@@ -186,7 +193,7 @@ class _Reading:
         require(not len(node))
         return np.concatenate(vmas) if vmas else addresses[:0]
 
-    def _ensure_attached(self, attached: Attached, addresses: U64, vmas: Records) -> None:
+    def _ensure_attached(self, attached: Attached, addresses: U64, vmas: Structs) -> None:
         start, mm = vmas["vm_start"], vmas["vm_mm"]
         order = np.argsort(mm, kind="stable")
         begins = np.flatnonzero(mm[order][1:] != mm[order][:-1]) + 1
@@ -212,7 +219,9 @@ class _Reading:
         require(len(links) == len(avc) and all_of(np.sort(links) == np.sort(avc)))
         anon_vmas = Finder(address)
         root, parent = anon_vmas.find(anon_vma["root"]), anon_vmas.find(anon_vma["parent"])
-        require(all_of(root >= 0) and all_of(parent >= 0) and all_of(root[root] == root))
+        require(all_of(root >= 0) and all_of(parent >= 0))
+        # Nothing is counted for another family.
+        require(all_of(root[root] == root) and all_of(root[parent] == root))
         own, of = anon_vmas.find(vma["anon_vma"]), Finder(vma_address).find(node["vma"])
         link_anon_vma = anon_vmas.find(ends)
         require(all_of(own >= 0) and all_of(of >= 0) and all_of(link_anon_vma >= 0))
@@ -225,6 +234,8 @@ class _Reading:
         pgoff = start_anon_pgoffs(self._layout, vma)
         pages = (vma["vm_end"] - vma["vm_start"]) >> np.uint64(self._layout.page_shift)
         leftmost = anon_vma["leftmost"]
+        # As root_decoder() tells them.
+        require(all_of((leftmost == 0) | (leftmost > self._rb)))
         ends_of = np.cumsum([len(nodes) for nodes, _ in self._avcs]).tolist()
         left, right = (np.concatenate(column) for column in zip(*self._children, strict=True))
         return Grove(
@@ -251,7 +262,7 @@ class _Reading:
         )
 
 
-def _join(parts: list[tuple[U64, Records]]) -> tuple[U64, Records]:
+def _join(parts: list[tuple[U64, Structs]]) -> tuple[U64, Structs]:
     if len(parts) == 1:
         return parts[0]
     addresses, records = zip(*parts, strict=True)

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, Core, Places, Runs, Things, core_of, neighbours, ramp, runs_of
+from kvirt.memory import Core, Places, Runs, Things, core_of, neighbours, ramp, runs_of
 from kvirt.mm.arrays import Column, is_constant
 from kvirt.mm.pagetable import U64, Bool, kernel_huge_page
+from kvirt.snapshot import PAGE_BYTES
 
 Members = dict[str, npt.NDArray[Any]]
 

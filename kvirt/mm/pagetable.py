@@ -7,6 +7,7 @@ What an entry means is in the tables of kvirt.pgtable, one for each architecture
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import PAGE_BYTES, Core, Runs, core_of, runs_of
+from kvirt.memory import Core, Runs, core_of, runs_of
 from kvirt.pgtable import PageTables, SwapFormat
+from kvirt.snapshot import PAGE_BYTES
 
 U64 = npt.NDArray[np.uint64]
 U8 = npt.NDArray[np.uint8]
@@ -228,10 +230,11 @@ def _init_pgd(prog: drgn.Program) -> int:
     return int(prog["init_mm"].pgd.value_())
 
 
-def kernel_huge_page(prog: drgn.Program, tables: PageTables, address: int) -> int | None:
-    """Physical address of the PMD-sized page that the kernel maps at an address, None if it maps no such one.
+def _walk_kernel(prog: drgn.Program, tables: PageTables, address: int) -> tuple[int, bool] | None:
+    """What the kernel's page tables come to above PTEs for one of its addresses; None if to nothing.
 
-    :raises drgn.FaultError: if the kernel's page tables cannot be read
+    :return: physical address of the place in a huge page, or of the table of PTEs; and whether it is a table
+    :raises drgn.FaultError: if the tables cannot be read
     """
     table, physical, entries = _init_pgd(prog), False, tables.kernel_entries
     bits, value = tables.table_type
@@ -241,10 +244,36 @@ def kernel_huge_page(prog: drgn.Program, tables: PageTables, address: int) -> in
             return None
         if entry & bits != value:
             span = 1 << tables.shift(level)
-            return tables.physical(entry, level) + address % span if level in tables.leaf_levels else None
+            at = tables.physical(entry, level) + address % span
+            return (at, False) if level in tables.leaf_levels else None
         table, physical = tables.physical(entry), True
         entries = tables.entries
-    return None
+    return table, True
+
+
+def kernel_huge_page(prog: drgn.Program, tables: PageTables, address: int) -> int | None:
+    """Physical address of the PMD-sized page that the kernel maps at an address, None if it maps no such one.
+
+    :raises drgn.FaultError: if the kernel's page tables cannot be read
+    """
+    found = _walk_kernel(prog, tables, address)
+    return None if found is None or found[1] else found[0]
+
+
+def kernel_pages(prog: drgn.Program, tables: PageTables, address: int) -> array[int]:
+    """Physical addresses of the pages that the kernel has where one PMD maps them, -1 where there is none.
+
+    :param address: of the first of them
+    :raises drgn.FaultError: if the kernel's page tables cannot be read
+    """
+    found = _walk_kernel(prog, tables, address)
+    if found is None:
+        return array("q", [-1]) * tables.entries
+    at, is_table = found
+    if not is_table:
+        return array("q", range(at, at + tables.huge_size, tables.page_size))
+    entries = np.frombuffer(prog.read(at, tables.page_size, True), dtype="<u8").tolist()
+    return array("q", [tables.physical(entry) if entry & tables.valid else -1 for entry in entries])
 
 
 def _core(prog: drgn.Program, tables: PageTables) -> Core | None:

@@ -3,7 +3,8 @@
 
 As long as nothing is in the way, that stands for the same structures looked at one by one. Whatever is, be
 it damage, a change while it was read, or a part that a dump lacks, raises :class:`Unclear`, and whoever asked
-has to look at them one by one, as closely as can be.
+has to look at them one by one, as closely as can be. On a running kernel what reaches from one page into the
+next may be of two times; what looks wrong because of it is read again, and then structure by structure.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kvirt.mm.pagetable import U64, Bool
 from kvirt.snapshot import PAGE_BYTES, Snapshot
 
-U64 = npt.NDArray[np.uint64]
-Bool = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.intp]
-Records = npt.NDArray[np.void]
+Structs = npt.NDArray[np.void]
 
 # Structures that are read together: their pages are kept side by side until they are taken out.
 _AT_ONCE = 1 << 12
@@ -47,7 +47,7 @@ def array_of(addresses: set[int]) -> U64:
     return np.array(sorted(addresses), dtype=np.uint64)
 
 
-def read_structs(memory: Snapshot, dtype: np.dtype[np.void], addresses: U64) -> Records:
+def read_structs(memory: Snapshot, dtype: np.dtype[np.void], addresses: U64) -> Structs:
     """Read structures.
 
     :param dtype: of ``StructLayout.dtype()``
@@ -63,7 +63,7 @@ def read_structs(memory: Snapshot, dtype: np.dtype[np.void], addresses: U64) -> 
     return np.concatenate(parts).view(dtype)
 
 
-def _read(memory: Snapshot, size: int, addresses: U64) -> Records:
+def _read(memory: Snapshot, size: int, addresses: U64) -> Structs:
     require(not int(np.bitwise_or.reduce(addresses)) % _WORD)
     first = addresses >> _SHIFT
     # Sorted: what reaches into the next page goes on in it. (numpy.unique() would import numpy.ma.)
@@ -75,7 +75,7 @@ def _read(memory: Snapshot, size: int, addresses: U64) -> Records:
     anywhere = np.ndarray((count,), dtype=f"V{size}", buffer=joined, strides=(_WORD,))
     at = np.searchsorted(pages, first) * (PAGE_BYTES // _WORD)
     at += ((addresses & _WITHIN).view(np.int64)) >> 3
-    found: Records = anywhere[at]
+    found: Structs = anywhere[at]
     return found
 
 

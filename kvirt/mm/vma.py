@@ -13,7 +13,8 @@ import drgn
 import numpy as np
 
 from kvirt.layout import Layout, StructLayout, layout_of
-from kvirt.mm.structs import U64, Records, read_structs
+from kvirt.mm.pagetable import U64
+from kvirt.mm.structs import Structs, read_structs
 from kvirt.snapshot import Readable, Snapshot
 
 _ULONG_MAX = (1 << 64) - 1
@@ -111,7 +112,7 @@ def vma_reader(memory: Readable, layout: Layout) -> Callable[[int], Vma]:
     return lambda address: make(layout, address, get(memory.read(address, size)))
 
 
-def read_vmas(memory: Snapshot, layout: Layout, addresses: U64) -> Records:
+def read_vmas(memory: Snapshot, layout: Layout, addresses: U64) -> Structs:
     """Read VMAs, with the members that :class:`Vma` has.
 
     :raises Unclear: if one cannot be read
@@ -119,7 +120,7 @@ def read_vmas(memory: Snapshot, layout: Layout, addresses: U64) -> Records:
     return read_structs(memory, layout.vma.dtype(_decoder(layout.vma)[0]), addresses)
 
 
-def vmas_of(layout: Layout, addresses: U64, records: Records) -> list[Vma]:
+def vmas_of(layout: Layout, addresses: U64, records: Structs) -> list[Vma]:
     """Each of some VMAs by itself.
 
     :param records: from :func:`read_vmas`
@@ -128,7 +129,7 @@ def vmas_of(layout: Layout, addresses: U64, records: Records) -> list[Vma]:
     return list(map(make, addresses.tolist(), records.tolist()))
 
 
-def start_anon_pgoffs(layout: Layout, records: Records) -> U64:
+def start_anon_pgoffs(layout: Layout, records: Structs) -> U64:
     """``vma_start_anon_pgoff()`` of each of some VMAs (include/linux/mm.h).
 
     :param records: from :func:`read_vmas`

@@ -93,7 +93,6 @@ def make_layout(
         scheme=scheme,
         pgtable=tables or pgtable.x86_64(levels, (1 << 52) - 1),
         vmemmap=VMEMMAP,
-        page_offset=None,
         vma=StructLayout("struct vm_area_struct", 128, members),
         mm=_layout(
             "struct mm_struct",

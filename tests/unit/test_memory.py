@@ -3,6 +3,7 @@
 
 import os
 import struct
+from array import array
 from types import SimpleNamespace
 
 import drgn
@@ -12,9 +13,11 @@ import pytest
 from kvirt import memory
 from kvirt.elfcore import PT_LOAD
 from kvirt.errors import KvirtError
-from kvirt.memory import Runs, core_of, map_core, runs_of, snapshot_of, unmap_core
+from kvirt.memory import Runs, core_of, map_core, runs_of, unmap_core
+from kvirt.mm import kernel as kernel_memory
 from kvirt.mm import memmap
 from kvirt.mm.arrays import is_constant
+from kvirt.mm.kernel import snapshot_of
 from kvirt.mm.memmap import read_struct_pages, read_uniform
 from tests.unit.fake import VMEMMAP, Memory, make_layout
 
@@ -55,29 +58,83 @@ def read(core, *frames):
     return [next(words) if place >= 0 else None for place in at]
 
 
-def test_snapshot_reads_the_direct_map_from_the_file(tmp_path):
+KERNEL = 0xFFFF888000000000
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """A core with three pages, in the kernel's direct map; and the pages that drgn was asked for."""
     path = write_core(tmp_path / "core", [(0x10000, pages(1, 2, 3), 0)])
-    base, asked = 0xFFFF888000000000, []
+    asked = []
+
+    def look_up(prog, tables, address):
+        asked.append(("table", address))
+        if address != KERNEL:
+            raise drgn.FaultError("no table", address)
+        # One of them is not mapped.
+        return array("q", [-1 if number == 0x13 else number << 12 for number in range(512)])
 
     class Program:
         cache, flags = {}, drgn.ProgramFlags(0)
 
         def read(self, address, size):
-            asked.append(address - base)
+            asked.append(address)
             return pages(9)
 
+    monkeypatch.setattr(kernel_memory, "kernel_pages", look_up)
     prog = Program()
+    prog.cache = {}
     map_core(prog, path)
-    core_of(prog).hide(0x11008, 8)
-    seen = snapshot_of(prog, base)
-    words = [seen.read(base + at, 8)[0] for at in (0x10000, 0x11000, 0x12FF8, 0x13000, -4096)]
-    assert (words, asked) == ([1, 9, 3, 9, 9], [0x11000, 0x13000, -4096])
-    # Of a file that became shorter drgn says what is wrong.
-    os.truncate(path, OFFSET + 4096 + 8)
-    assert snapshot_of(prog, base).read(base + 0x11000, 8)[0] == 9
-    assert snapshot_of(prog, base).read(base + 0x12000, 8)[0] == 9
-    # Where it is not known where the direct map is.
-    assert snapshot_of(prog, None).read(base + 0x10000, 8)[0] == 9
+    return SimpleNamespace(prog=prog, path=path, asked=asked)
+
+
+def word(seen, address):
+    return seen.read(address, 8)[0]
+
+
+def test_kernel_memory_is_read_from_the_file(kernel):
+    seen = snapshot_of(kernel.prog, make_layout())
+    assert [word(seen, KERNEL + at) for at in (0x10000, 0x11000, 0x12FF8, 0x13000, 0x14000)] == [
+        1,
+        2,
+        3,
+        9,
+        9,
+    ]
+    # The table is read once, and what the kernel does not map and what the core lacks is drgn's.
+    assert kernel.asked == [("table", KERNEL), KERNEL + 0x13000, KERNEL + 0x14000]
+    kernel.asked.clear()
+    # Where the kernel has no table; where no address of its can be, none is looked for.
+    others = (KERNEL + (2 << 20) + 0x10000, 0xDEAD888000010000, 0x10000)
+    assert [word(seen, address) for address in others] == [9, 9, 9]
+    assert kernel.asked == [("table", KERNEL + (2 << 20)), *others]
+
+
+def test_what_an_overlay_changes_is_not_read_from_the_file(kernel):
+    core_of(kernel.prog).hide(0x11008, 8)
+    seen = snapshot_of(kernel.prog, make_layout())
+    assert [word(seen, KERNEL + at) for at in (0x10000, 0x11000)] == [1, 9]
+    # Page tables may have been changed, too: they are looked up again.
+    core_of(kernel.prog).hide(0x12000, 8)
+    kernel.asked.clear()
+    assert word(snapshot_of(kernel.prog, make_layout()), KERNEL + 0x10000) == 1
+    assert kernel.asked == [("table", KERNEL)]
+
+
+def test_kernel_memory_of_a_file_that_became_shorter(kernel):
+    os.truncate(kernel.path, OFFSET + 4096 + 8)
+    seen = snapshot_of(kernel.prog, make_layout())
+    # drgn says what is wrong.
+    assert [word(seen, KERNEL + at) for at in (0x10000, 0x11000, 0x12000)] == [1, 9, 9]
+
+
+def test_kernel_memory_on_a_disk_that_fails(kernel, monkeypatch):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(memory.os, "pread", fail)
+    with pytest.raises(KvirtError, match="does its disk or file server fail"):
+        word(snapshot_of(kernel.prog, make_layout()), KERNEL + 0x10000)
 
 
 @pytest.mark.parametrize("left", [0, OFFSET + 4096, OFFSET + 3 * 4096 - 8])

@@ -12,6 +12,7 @@ from kvirt.mm.pagetable import (
     absent_entry,
     for_each_leaf,
     kernel_huge_page,
+    kernel_pages,
     leaf_pfn,
     leaf_present,
     leaf_special,
@@ -333,6 +334,27 @@ def test_huge_pages_of_the_kernel(tables, huge, slots, monkeypatch):
     address = KERNEL + tables.huge_size
     assert kernel_huge_page(prog, tables, address + 0x1234) == 0x40001234
     assert kernel_huge_page(prog, tables, address + tables.huge_size) is None
+    pages = kernel_pages(prog, tables, address)
+    assert pages.tolist() == list(range(0x40000000, 0x40000000 + tables.huge_size, tables.page_size))
+    assert set(kernel_pages(prog, tables, address + tables.huge_size)) == {-1}
+
+
+@pytest.mark.parametrize("tables", [pgtable.x86_64(4, (1 << 52) - 1)])
+def test_pages_of_the_kernel_by_their_table(tables, monkeypatch):
+    memory = Memory()
+    monkeypatch.setattr(pagetable, "_init_pgd", lambda prog: PGD)
+    for level, at in zip((3, 2, 1), (PGD, 0x200000, 0x210000), strict=True):
+        words = [0] * 512
+        words[KERNEL >> tables.shift(level) & 511] = (
+            0x210000 if level == 2 else 0x200000 if level == 3 else 0x220000
+        ) | 0x67
+        memory.put_words(at, words, physical=level != 3)
+    memory.put_words(
+        0x220000, [0x5000 | 0x63, 0, 0x7000 | 0x62, *[0x9000 | 0x63 | 1 << 63] * 509], physical=True
+    )
+    # What is not valid is not mapped, whatever else the entry says.
+    assert kernel_pages(memory.prog, tables, KERNEL).tolist() == [0x5000, -1, -1, *[0x9000] * 509]
+    assert kernel_huge_page(memory.prog, tables, KERNEL) is None
 
 
 @pytest.mark.parametrize(("step", "lengths"), [(1, [512, 1024, 1024, 512]), (3, [512, 4 * 512, 512])])

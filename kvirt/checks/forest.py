@@ -19,7 +19,7 @@ from kvirt.findings import Severity
 from kvirt.layout import Layout
 from kvirt.mm.address_space import AddressSpace
 from kvirt.mm.forest import AnonTree, Family, FamilyReader, MmState, read_family, read_mm_state
-from kvirt.mm.grove import read_grove
+from kvirt.mm.grove import read_groves
 
 _ACCUSING = (Severity.ERROR, Severity.WARNING)
 
@@ -126,16 +126,14 @@ class Forest:
             return reader.has_attached(mm, vmas)
 
         roots = columns.finder.find(np.fromiter(members, dtype=np.uint64, count=len(members)))
-        grove = read_grove(space.records.memory, columns, roots, attached)
-        if grove is None:
-            return
-        doubtful = np.logical_or.reduce([glance(grove) for glance in glances])
-        unsound = set(grove.root[doubtful].tolist())
-        of = grove.roots()
-        others = set(of[grove.vm_mm != np.uint64(space.address)].tolist())
-        for row in set(of.tolist()) - unsound:
-            vmas = sorted(grove.vma[of == row].tolist()) if row in others else None
-            yield int(grove.address[row]), vmas
+        for grove in read_groves(space.records.memory, columns, roots, attached):
+            doubtful = np.logical_or.reduce([glance(grove) for glance in glances])
+            unsound = set(grove.root[doubtful].tolist())
+            of = grove.roots()
+            others = set(of[grove.vm_mm != np.uint64(space.address)].tolist())
+            for row in set(of.tolist()) - unsound:
+                vmas = sorted(grove.vma[of == row].tolist()) if row in others else None
+                yield int(grove.address[row]), vmas
 
     def forget_latest(self) -> None:
         """Have the families of the latest process checked again with the next one that is in them.

@@ -8,7 +8,7 @@ at one family after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import drgn
@@ -31,6 +31,10 @@ from kvirt.mm.structs import (
 from kvirt.mm.vma import read_vmas, start_anon_pgoffs
 from kvirt.snapshot import Snapshot
 
+# AVCs of several families that are read together. Bounds memory, where one family is not larger by itself.
+_TOGETHER = 1 << 17
+# Into so many parts are those divided that are more; what was read of them is lost.
+_PARTS = 8
 # Of an mm's address, and of address and first address of some VMAs: whether it has them.
 Attached = Callable[[int, list[tuple[int, int]]], bool]
 
@@ -81,16 +85,28 @@ class Grove:
         return roots
 
 
-def read_grove(memory: Snapshot, columns: Columns, roots: Rows, attached: Attached) -> Grove | None:
-    """Read families; None if one of them has to be looked at more closely.
+class _TooMany(Exception):
+    """So many AVCs are not read together."""
+
+
+def read_groves(memory: Snapshot, columns: Columns, roots: Rows, attached: Attached) -> Iterator[Grove]:
+    """Read families, all together or, if they are large, in parts.
+
+    A part is left out if one of its families has to be looked at more closely.
 
     :param columns: a process that is in them
     :param roots: rows in it of their root anon_vmas
     """
+    parts: list[Rows] = []
     try:
-        return _Reading(memory, columns, roots).grove(attached)
+        yield _Reading(memory, columns, roots).grove(attached)
+    except _TooMany:
+        # Not here, where what was read so far is still to be had.
+        parts = np.array_split(roots, min(_PARTS, len(roots)))
     except (Unclear, MapleError, drgn.FaultError):
-        return None
+        pass
+    for part in parts:
+        yield from read_groves(memory, columns, part, attached)
 
 
 class _Reading:
@@ -101,6 +117,7 @@ class _Reading:
         self._rb = np.uint64(self._layout.anon_tree.rb)
         self._avc_dtype, self._anon_vma_dtype = avc_dtype(self._layout), anon_vma_dtype(self._layout)
         self._roots = set(columns.anon_vmas[roots].tolist())
+        self._divisible = len(roots) > 1
         # What was read so far, part by part. Rows count through all parts.
         self._anon_vmas: list[tuple[U64, Structs]] = []
         self._vmas: list[tuple[U64, Structs]] = []
@@ -180,6 +197,8 @@ class _Reading:
             row = self._avc_count
             self._avc_count += len(node)
             require(self._avc_count <= LINKS_MAX)
+            if self._divisible and self._avc_count > _TOGETHER:
+                raise _TooMany
             # Those below come next, first all that are left.
             lefts, rights = np.flatnonzero(left), np.flatnonzero(right)
             below = row + len(node)

@@ -6,10 +6,11 @@ import random
 import drgn
 import pytest
 
+from kvirt.checks import forest
 from kvirt.checks.process import ProcessChecker
 from kvirt.lab.overlay import Overlay
 from kvirt.layout import layout_of
-from kvirt.mm import address_space
+from kvirt.mm import address_space, grove
 from kvirt.mm.structs import Unclear
 from kvirt.tasks import for_each_process
 from tests.vmcore.hostile import Hostile, limited
@@ -242,6 +243,25 @@ def test_a_vma_in_a_family_that_was_looked_at_with_another_process(dump, monkeyp
     for mms in ([mm], [other_mm, mm], [mm, other_mm]):
         ways.compare(families.prog, layout, mms, mms)
     assert ways.wrong == 3
+
+
+@pytest.mark.parametrize("together", [0, 1, 100])
+def test_families_are_read_in_parts(dump, monkeypatch, together):
+    families = Families(dump)
+    whole = found(families.prog, families.layout, families.mms)
+    seen, read = [], forest.read_groves
+
+    def counted(*arguments):
+        groves = list(read(*arguments))
+        # One large family is a part of its own.
+        assert all(len(one.avc) <= together or len({*one.roots().tolist()}) == 1 for one in groves)
+        seen.extend(groves)
+        return groves
+
+    monkeypatch.setattr(forest, "read_groves", counted)
+    monkeypatch.setattr(grove, "_TOGETHER", together)
+    assert found(families.prog, families.layout, families.mms) == whole
+    assert len(seen) > 2 * len(families.mms)
 
 
 def test_sound_processes_are_read_at_once(dump):

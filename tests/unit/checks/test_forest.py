@@ -90,7 +90,7 @@ def test_damage_is_told_with_the_first_process_that_shows_it():
 def looks(monkeypatch):
     """One element for each look at a family by itself, as at all of them here."""
     seen = []
-    monkeypatch.setattr(forest, "read_grove", lambda *arguments: None)
+    monkeypatch.setattr(forest, "read_groves", lambda *arguments: ())
     read = FamilyReader.read
     monkeypatch.setattr(FamilyReader, "read", lambda *arguments: seen.append(1) or read(*arguments))
     return seen

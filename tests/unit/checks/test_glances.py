@@ -47,7 +47,7 @@ def test_nothing_is_looked_at_by_itself_in_a_sound_process(monkeypatch):
     assert Process().check(False).findings == []
     assert looks == []
     # As without them.
-    monkeypatch.setattr(forest, "read_grove", lambda *a: None)
+    monkeypatch.setattr(forest, "read_groves", lambda *a: ())
     assert Process().check(False).findings == []
     assert looks == ["family"]
 
@@ -91,10 +91,11 @@ def test_grove_is_of_sound_trees(address, value):
 
     def grove(space, reader):
         roots = space.columns.finder.find(space.columns.anon_vmas)
-        return forest.read_grove(space.records.memory, space.columns, roots, reader.has_attached)
+        return list(forest.read_groves(space.records.memory, space.columns, roots, reader.has_attached))
 
-    assert grove(space, FamilyReader(LAYOUT, space.records, {VMA})).vma.tolist() == [VMA]
-    assert grove(again, reader) is None
+    [sound] = grove(space, FamilyReader(LAYOUT, space.records, {VMA}))
+    assert sound.vma.tolist() == [VMA]
+    assert grove(again, reader) == []
 
 
 def test_every_invariant_of_vmas_and_families_has_its_glance():

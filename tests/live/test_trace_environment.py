@@ -171,7 +171,7 @@ def test_filter_by_cgroup_until_sigterm(guest73, start):
             process.close_stdin()
         assert [process.wait(PATIENCE) for process in (inside, outside)] == [0, 0]
         tracer.signal(signal.SIGTERM)
-        assert tracer.wait(PATIENCE) == 0
+        assert tracer.wait(PATIENCE) == 0, tracer.stderr_text()
     assert tracer.stderr_text() == ""
     done = [line for line in map(json.loads, inside.stdout_text().splitlines()) if "counts" in line]
     assert [line["phase"] for line in done] == chosen

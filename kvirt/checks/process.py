@@ -404,7 +404,7 @@ class ProcessChecker:
             if wanted is not None:
                 # What begins elsewhere is another mapping of that place.
                 leaves = leaves.take(np.isin(leaves.address, wanted))
-            for part in table.parts(leaves.address):
+            for part in table.parts(leaves):
                 few = leaves.part(part)
                 if leaves.level or len(few) >= MANY:
                     yield few

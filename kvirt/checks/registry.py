@@ -24,9 +24,9 @@ from kvirt.mm.forest import AnonTree, Family
 from kvirt.mm.grove import Grove
 from kvirt.mm.i_mmap import FilePlace, FileTrees
 from kvirt.mm.ksm import RmapItems
-from kvirt.mm.pagetable import U64, Bool
+from kvirt.mm.pagetable import U64, Bool, Leaves
 from kvirt.mm.rmap import AnonVma, Chain
-from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_pure_anon, vma_is_temporary_stack
+from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_temporary_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,11 @@ class VmaContext:
 class _Kinds:
     """Things of which many are of the same kind."""
 
-    def __init__(self, kinds: Iterable[int]) -> None:
-        self.first: list[int] = []
-        """The first thing of each kind."""
+    def __init__(self, kinds: Sequence[int]) -> None:
         number: dict[int, int] = {}
-        of = []
-        for i, kind in enumerate(kinds):
-            if kind not in number:
-                number[kind] = len(self.first)
-                self.first.append(i)
-            of.append(number[kind])
+        of = [number.setdefault(kind, len(number)) for kind in kinds]
+        self.first = [of.index(i) for i in range(len(number))]
+        """The first thing of each kind."""
         self._of = np.array(of, dtype=np.intp)
 
     def spread(self, values: Iterable[int], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
@@ -114,21 +109,20 @@ class VmaTable:
         """
         self.unsound = unsound or {}
         vmas = list(space.vmas())
-        order = sorted(range(len(vmas)), key=lambda row: vmas[row].vm_start)
+        order = sorted(range(len(vmas)), key=[vma.vm_start for vma in vmas].__getitem__)
         self._columns_row = np.array(order, dtype=np.intp)
         self.vmas = [vmas[row] for row in order]
         self.space = space
-
-        def array(values: Iterator[int]) -> U64:
-            return np.fromiter(values, dtype=np.uint64, count=len(self.vmas))
-
-        self.start = array(v.vm_start for v in self.vmas)
-        self.end = array(v.vm_end for v in self.vmas)
-        self.anon_pgoff = array(v.anon_pgoff for v in self.vmas)
-        self.vm_pgoff = array(v.vm_pgoff for v in self.vmas)
-        self.anon_vma = array(v.anon_vma for v in self.vmas)
+        # All but the layout: side by side, a member for a column.
+        names = Vma._fields[1:]
+        members = np.array([vma[1:] for vma in self.vmas], dtype=np.uint64).reshape(-1, len(names))
+        column: dict[str, U64] = dict(zip(names, np.ascontiguousarray(members.T), strict=True))
+        self.start, self.end = column["vm_start"], column["vm_end"]
+        self.anon_pgoff, self.vm_pgoff = column["anon_pgoff"], column["vm_pgoff"]
+        self.anon_vma = column["anon_vma"]
+        self.pure = (column["vm_ops"] == 0) & (column["vm_file"] == 0)
         # Many VMAs are alike in what follows, which is worked out once for each kind.
-        flags, files = _Kinds(v.vm_flags for v in self.vmas), _Kinds(v.vm_file for v in self.vmas)
+        flags, files = _Kinds(column["vm_flags"].tolist()), _Kinds(column["vm_file"].tolist())
         some = [self.vmas[i] for i in flags.first]
         mapped = [space.file(self.vmas[i]) for i in files.first]
         self.cow = flags.spread(map(vma_is_cow_mapping, some), np.bool_)
@@ -136,7 +130,6 @@ class VmaTable:
         # Pages in these are not told from others by what they are, or are no page cache.
         self.raw = flags.spread((v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in some), np.bool_)
         self.dax = files.spread((file is not None and file.dax for file in mapped), np.bool_)
-        self.pure = np.array([vma_is_pure_anon(v) for v in self.vmas], dtype=np.bool_)
         self.f_mapping = files.spread((0 if file is None else file.f_mapping for file in mapped), np.uint64)
         orders = (0 if f is None else max(f.blkbits - space.layout.page_shift, 0) for f in mapped)
         hugetlb = flags.spread((v.flag("HUGETLB") for v in some), np.uint64)
@@ -164,23 +157,26 @@ class VmaTable:
             verdicts[row, anon_vma] = chain.broken is None and out
         return np.array([verdicts[pair] for pair in pairs], dtype=bool)
 
-    def parts(self, addresses: U64) -> Iterator[slice]:
-        """Slices of addresses in which those of a VMA with many of them are by themselves.
+    def parts(self, leaves: Leaves) -> Iterator[slice]:
+        """Slices of entries in which those of a VMA with many of them are by themselves.
 
         What they have in common is then looked at once.
-
-        :param addresses: ascending
         """
-        cuts = {0, len(addresses)}
-        if self.vmas and len(addresses) >= MANY:
-            first, last = (np.searchsorted(self.start, addresses[[0, -1]], side="right") - 1).tolist()
+        cuts = {0, len(leaves)}
+        if self.vmas and len(leaves) >= MANY:
+            outer = np.array(leaves.ends(), dtype=np.uint64)
+            first, last = (np.searchsorted(self.start, outer, side="right") - 1).tolist()
             rows = slice(max(first, 0), last + 1)
-            begins = np.searchsorted(addresses, self.start[rows])
-            ends = np.searchsorted(addresses, self.end[rows])
+            begins, ends = leaves.search(self.start[rows]), leaves.search(self.end[rows])
             many = ends - begins >= MANY
             cuts |= {*begins[many].tolist(), *ends[many].tolist()}
         for begin, end in itertools.pairwise(sorted(cuts)):
             yield slice(begin, end)
+
+    def covering(self, first: int, last: int) -> int | None:
+        """Row of the VMA that covers both of two addresses, and all between; None if there is no such VMA."""
+        row = int(np.searchsorted(self.start, np.uint64(first), side="right")) - 1
+        return row if row >= 0 and last < self.end[row] else None
 
     def find(self, addresses: U64) -> npt.NDArray[np.intp]:
         """Row of the VMA that covers each address, -1 if none does.
@@ -194,8 +190,10 @@ class VmaTable:
             return constant(np.intp(first), len(addresses))
         # Each VMA is looked for among the addresses: there are fewer of them.
         rows = np.arange(first, last + 1)
-        begins = np.searchsorted(addresses, self.start[first + 1 : last + 1])
-        row = np.repeat(rows, np.diff(begins, prepend=0, append=len(addresses)))
+        begins = np.zeros(len(rows) + 1, dtype=np.intp)
+        begins[1:-1] = np.searchsorted(addresses, self.start[first + 1 : last + 1])
+        begins[-1] = len(addresses)
+        row = np.repeat(rows, begins[1:] - begins[:-1])
         row[addresses >= self.end[row]] = -1
         return row
 

@@ -16,7 +16,6 @@ from kvirt.checks.registry import MANY, VmaTable
 from kvirt.checks.sorting import Sorter
 from kvirt.findings import PageCounts
 from kvirt.layout import Layout
-from kvirt.mm.arrays import is_constant
 from kvirt.mm.folio import FOLIO_MAPPING_ANON, FOLIO_MAPPING_FLAGS, Folios, read_uniform_folios
 from kvirt.mm.pagetable import Leaves, read_alike
 from kvirt.pgtable import PageTables
@@ -44,26 +43,27 @@ class Uniform:
 
         :param judge: judges entries by their folios; None if anything is not as it should be
         """
-        folio = self._first(leaves)
-        if folio is None:
+        first = self._first(leaves)
+        if first is None:
             return None
-        kind = self._kind(leaves, folio)
+        row, folio = first
+        kind = self._kind(leaves, row, folio)
         if kind not in self._known:
             # By what was compared: while the kernel runs, another reading may be of another page.
             self._known[kind] = judge(leaves.part(slice(0, 1)), folio)
         one = self._known[kind]
         return None if one is None else one.times(len(leaves))
 
-    def _first(self, leaves: Leaves) -> Folios | None:
-        """The folio behind the first of some entries; None if they are not all alike."""
+    def _first(self, leaves: Leaves) -> tuple[int, Folios] | None:
+        """The row of some entries' VMA and the folio behind the first; None if they are not all alike."""
         number, layout = len(leaves), self._layout
         if leaves.level or number < MANY:
             return None
-        row = self._table.find(leaves.address)
-        first, last = leaves.address[[0, -1]].tolist()
-        if not is_constant(row) or row[0] < 0 or last - first != (number - 1) << layout.page_shift:
+        first, last = leaves.ends()
+        row = self._table.covering(first, last)
+        if row is None or last - first != (number - 1) << layout.page_shift:
             return None
-        if self._table.hugetlb_order[row[0]] and not layout.hugetlb_index_in_pages:
+        if self._table.hugetlb_order[row] and not layout.hugetlb_index_in_pages:
             # Indexes that rise by one are not what is expected there.
             return None
         alike = read_alike(leaves, _matter(leaves.tables))
@@ -76,14 +76,15 @@ class Uniform:
         # What KSM remembers is of each page by itself.
         if folio is None or int(folio.mapping[0] & FOLIO_MAPPING_FLAGS) not in _FILE_OR_ANON:
             return None
-        return folio
+        return row, folio
 
-    def _kind(self, leaves: Leaves, folio: Folios) -> tuple[int, ...]:
+    def _kind(self, leaves: Leaves, row: int, folio: Folios) -> tuple[int, ...]:
         """What alike entries have in common, but for their place, that a check may ask for."""
         # Where the index of a page at address 0 would begin: the same for all that rise with their addresses.
-        index = int(folio.index[0]) - (int(leaves.address[0]) >> self._layout.page_shift) & _ULONG_MAX
+        first, _ = leaves.ends()
+        index = int(folio.index[0]) - (first >> self._layout.page_shift) & _ULONG_MAX
         return (
-            int(self._table.find(leaves.address[:1])[0]),
+            row,
             int(leaves.entry[0]) & _matter(leaves.tables),
             int(folio.flags[0]),
             int(folio.mapping[0]),

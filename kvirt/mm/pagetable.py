@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvirt.layout import Layout
-from kvirt.memory import Core, Runs, core_of, runs_of
+from kvirt.memory import Core, Places, Runs, core_of, runs_of
 from kvirt.pgtable import PageTables, SwapFormat
 from kvirt.snapshot import PAGE_BYTES
 
@@ -36,6 +36,8 @@ _TABLES_NEIGHBOURS = 512
 _TABLES_SCATTERED = 2048
 # So many tables without an empty entry are not looked through together with others, which takes longer.
 _FULL_TABLES = 16
+# So few are rather read by themselves.
+_FEW_TABLES = 8
 # Pages of which more than one in so many is not behind the one before are scattered.
 _NEIGHBOURS = 16
 # Tables that are tried one by one when they cannot be read; the rest of those is then given up unread.
@@ -43,34 +45,73 @@ _UNREADABLE_MAX = 1 << 12
 _ULONG_MAX = np.uint64((1 << 64) - 1)
 
 
-@dataclass(slots=True)
 class Leaves:
     """Leaf entries of one level, that map or stand for pages. All arrays have one element an entry."""
 
-    address: U64
-    """Virtual address of the first page."""
-    entry: U64
-    """The entry as the hardware sees it."""
-    level: int
-    """0: PTE, 1: PMD, 2: PUD."""
-    tables: PageTables
-    """What its bits mean."""
+    __slots__ = ("_address", "_breaks", "entry", "level", "tables")
 
-    _breaks: Bool | None = field(default=None, init=False, repr=False)
+    def __init__(self, address: U64 | int, entry: U64, level: int, tables: PageTables) -> None:
+        """Prepare.
+
+        :param address: virtual address of the first page of each, ascending; or that of the first entry's
+            alone, if all are neighbours in the address space
+        :param entry: each as the hardware sees it
+        :param level: 0: PTE, 1: PMD, 2: PUD
+        :param tables: what their bits mean
+        """
+        self._address = address
+        self.entry, self.level, self.tables = entry, level, tables
+        self._breaks: Bool | None = None
 
     def __len__(self) -> int:
-        return len(self.address)
+        return len(self.entry)
+
+    @property
+    def address(self) -> U64:
+        """Virtual address of the first page."""
+        if isinstance(self._address, int):
+            numbers = np.arange(len(self), dtype=np.uint64)
+            self._address = (numbers << np.uint64(self._span.bit_length() - 1)) + np.uint64(self._address)
+        return self._address
 
     @property
     def pages(self) -> int:
         """Base pages that one entry maps."""
         return 1 << self.tables.index_bits * self.level
 
+    @property
+    def _span(self) -> int:
+        """Bytes that one entry maps."""
+        return self.tables.page_size << self.tables.index_bits * self.level
+
+    def ends(self) -> tuple[int, int]:
+        """Addresses of the first entry and of the last."""
+        if isinstance(self._address, int):
+            return self._address, self._address + (len(self) - 1) * self._span
+        first, last = self._address[[0, -1]].tolist()
+        return first, last
+
+    def search(self, values: U64) -> Places:
+        """How many entries are before each of some addresses: as ``numpy.searchsorted()`` tells it."""
+        if not isinstance(self._address, int):
+            return np.searchsorted(self._address, values)
+        one, first = np.uint64(1), np.uint64(self._address)
+        before: U64 = (values - first - one >> np.uint64(self._span.bit_length() - 1)) + one
+        before[values <= first] = 0
+        return np.minimum(before, np.uint64(len(self))).astype(np.int64)
+
     def part(self, which: slice) -> Leaves:
-        """Neighbouring entries, in place."""
+        """Neighbouring entries, in place.
+
+        :param which: not beyond all entries
+        """
         if which == slice(0, len(self)):
             return self
-        some = Leaves(self.address[which], self.entry[which], self.level, self.tables)
+        if isinstance(self._address, int):
+            address: U64 | int = self._address + which.start * self._span
+        else:
+            address = self._address[which]
+        some = Leaves(address, self.entry[which], self.level, self.tables)
         if self._breaks is not None:
             some._breaks = self._breaks[which][: max(0, len(some) - 1)]
         return some
@@ -93,8 +134,7 @@ class Leaves:
     def breaks(self) -> Bool:
         """Of each entry but the first, whether it differs in more than that it leads to the page behind."""
         if self._breaks is None:
-            step = self.tables.page_size << self.tables.index_bits * self.level
-            self._breaks = self.entry[1:] - self.entry[:-1] != step
+            self._breaks = self.entry[1:] - self.entry[:-1] != self._span
         return self._breaks
 
     def are_scattered(self) -> bool:
@@ -148,12 +188,16 @@ def any_special(leaves: Leaves) -> bool:
 
 def leaf_pfn(leaves: Leaves) -> U64:
     """Page frame of each present entry: ``pte_pfn()``, ``pmd_pfn()``, ``pud_pfn()``."""
-    entry, tables = leaves.entry, leaves.tables
+    return _pfn(leaves.tables, leaves.entry, leaves.level)
+
+
+def _pfn(tables: PageTables, entry: U64, level: int) -> U64:
+    """:func:`leaf_pfn` of entries of a level."""
     if tables.inverted:
         valid = np.uint64(tables.valid)
         if not np.bitwise_and.reduce(entry) & valid:
             entry = np.where((entry & valid) == 0, ~entry, entry)
-    return _physical(tables, entry, leaves.level) >> np.uint64(tables.page_shift)
+    return _physical(tables, entry, level) >> np.uint64(tables.page_shift)
 
 
 def read_alike(leaves: Leaves, bits: int) -> tuple[int, Runs] | None:
@@ -163,17 +207,19 @@ def read_alike(leaves: Leaves, bits: int) -> tuple[int, Runs] | None:
     :param bits: what they must have in common
     :returns: those of the bits that all have, and page frames
     """
-    some, runs, tables = leaves, None, leaves.tables
+    some, runs, tables = leaves.entry, None, leaves.tables
     if not leaves.are_scattered():
-        starts = np.concatenate(([0], np.flatnonzero(leaves.breaks()) + 1))
-        lengths = np.diff(starts, append=len(leaves))
-        first, last = leaves.take(starts), leaves.take(starts + lengths - 1)
-        frames = leaf_pfn(first).view(np.int64)
+        ends = np.append(np.flatnonzero(leaves.breaks()), len(leaves) - 1)
+        lengths = ends.copy()
+        lengths[0] += 1
+        lengths[1:] -= ends[:-1]
+        first = some[ends - lengths + 1]
+        frames, last = _pfn(tables, first, 0).view(np.int64), _pfn(tables, some[ends], 0).view(np.int64)
         # Not so if addresses are inverted, or a sum went beyond them.
-        if (leaf_pfn(last).view(np.int64) - frames == lengths - 1).all():
+        if (last - frames == lengths - 1).all():
             # Within a run nothing else differs.
             some, runs = first, Runs(frames, lengths)
-    every, any_ = int(np.bitwise_and.reduce(some.entry)), int(np.bitwise_or.reduce(some.entry))
+    every, any_ = int(np.bitwise_and.reduce(some)), int(np.bitwise_or.reduce(some))
     if (every ^ any_) & bits:
         return None
     if runs is None:
@@ -289,6 +335,10 @@ def _read_tables(
     core = _core(prog, tables)
     if core is None:
         return _read_runs(prog, tables, physical, addresses, troubles)
+    if len(physical) <= _FEW_TABLES:
+        pages = [core.page(frame) for frame in (physical >> np.uint64(tables.page_shift)).tolist()]
+        if all(len(page) == tables.page_size for page in pages):
+            return np.frombuffer(b"".join(pages), dtype="<u8").reshape(-1, tables.entries), addresses
     at = core.find(physical >> np.uint64(tables.page_shift))
     here = at >= 0
     found = core.gather(at[here], tables.page_size).view("<u8").reshape(-1, tables.entries)
@@ -325,18 +375,23 @@ def _read_runs(
     return data, addresses[good]
 
 
-def _children(
-    tables: PageTables, rows: U64, bases: U64, level: int, *, full: bool = False
-) -> tuple[U64, U64]:
-    """Entries of tables, a row each, that are not empty, and the addresses that they start at.
+def _leaves_in(tables: PageTables, rows: U64, bases: U64, *, full: bool) -> Leaves:
+    """Leaf entries of the lowest tables, a row each.
 
-    :param full: whether none is known to be empty
+    :param bases: addresses that the tables start at, ascending
+    :param full: whether no entry is empty
     """
+    first, last = bases[[0, -1]].tolist()
+    if full and last - first == (len(bases) - 1) << tables.shift(1):
+        return Leaves(first, rows.reshape(-1), 0, tables)
+    children, at = _children(tables, rows, bases, 0)
+    return Leaves(at, children, 0, tables)
+
+
+def _children(tables: PageTables, rows: U64, bases: U64, level: int) -> tuple[U64, U64]:
+    """Entries of tables, a row each, that are not empty, and the addresses that they start at."""
     span, none = np.uint64(tables.shift(level)), np.uint64(tables.none)
     number = rows.shape[1]
-    if full:
-        addresses = bases[:, np.newaxis] + (np.arange(number, dtype=np.uint64) << span)
-        return rows.reshape(-1), addresses.reshape(-1)
     where = np.flatnonzero((rows & ~none) != 0).view(np.uint64)
     # As % and //, which take several times as long.
     columns, row = where & np.uint64(number - 1), where >> np.uint64(number.bit_length() - 1)
@@ -419,8 +474,9 @@ def for_each_leaf(
         rows, bases = _read_tables(prog, tables, entries[part], addresses[part], troubles)
         found = scattered = 0
         for piece, full in _pieces(rows, tables):
-            children, at = _children(tables, rows[piece], bases[piece], 0, full=full)
-            leaves = Leaves(at, children, 0, tables).take(_wanted(at, tables.page_size, wanted))
+            leaves = _leaves_in(tables, rows[piece], bases[piece], full=full)
+            if wanted is not None:
+                leaves = leaves.take(_wanted(leaves.address, tables.page_size, wanted))
             found += len(leaves)
             scattered += len(leaves) if leaves.are_scattered() else 0
             if len(leaves):

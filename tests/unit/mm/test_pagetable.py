@@ -237,6 +237,33 @@ def test_entries_that_are_alike_are_found_with_where_they_lead_to(entries, bits)
         assert found[1].each().tolist() == leaf_pfn(entries).tolist()
 
 
+@given(
+    arch=st.sampled_from(list(ARCHITECTURES.values())),
+    count=st.integers(1, 600),
+    beginning=st.integers(0, 1 << 30),
+    values=st.lists(st.integers(0, (1 << 64) - 1), max_size=5),
+    cut=st.tuples(st.integers(0, 599), st.integers(1, 600)),
+)
+@settings(deadline=None)
+def test_addresses_of_neighbours_need_not_be_written_down(arch, count, beginning, values, cut):
+    tables = format_of(arch)
+    first = beginning * tables.page_size
+    addresses = first + np.arange(count, dtype=np.uint64) * np.uint64(tables.page_size)
+    entries = np.arange(count, dtype=np.uint64)
+    whole = Leaves(first, entries, 0, tables), Leaves(addresses, entries, 0, tables)
+    begin = cut[0] % count
+    part = slice(begin, min(begin + cut[1], count))
+    near = [int(addresses[0]), int(addresses[-1])]
+    values = np.array([*values, *near, near[0] + 1, near[1] + 1, max(near[0], 1) - 1], dtype=np.uint64)
+    for some, other in (whole, [leaves.part(part) for leaves in whole]):
+        assert some.ends() == other.ends()
+        assert some.search(values).tolist() == np.searchsorted(other.address, values).tolist()
+        assert some.address.tolist() == other.address.tolist()
+        # Also once they are.
+        assert some.ends() == other.ends()
+        assert some.search(values).tolist() == np.searchsorted(other.address, values).tolist()
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
 @given(data=st.data())
 @settings(deadline=None, max_examples=50)

@@ -18,6 +18,8 @@ from kvirt.lab import host
 RUST = Path("/usr/libexec/virtiofsd")
 C = Path("/usr/lib/qemu/virtiofsd")
 OPEN_FILES = 1 << 18
+# include/uapi/linux/net.h: __SO_ACCEPTCON
+_SO_ACCEPTCON = f"{1 << 16:08X}"
 # The strict sandbox wants to make namespaces, which a container may not be allowed to do.
 SANDBOXES = ("namespace", "chroot")
 # glibc asks for the number of processors before it gives a ninth thread a heap of its own, unless it is told
@@ -93,10 +95,19 @@ class Share:
     def _serves(self, limit: float = 10) -> bool:
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline and self._child.poll() is None:
-            if self.socket.exists():
+            if listens(self.socket):
                 return True
             time.sleep(0.01)
         return False
+
+
+def listens(socket: Path) -> bool:
+    """Whether somebody waits for connections at a path. The path is there before that, and refuses them."""
+    # Num RefCount Protocol Flags Type St Inode Path; net/unix/af_unix.c: unix_seq_show()
+    sockets = [
+        line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    ]
+    return any(one[3] == _SO_ACCEPTCON and one[7:] == [str(socket)] for one in sockets)
 
 
 def _raise_file_limit() -> None:

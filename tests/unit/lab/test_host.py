@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Programs of the host: missing ones are named with their package, started ones do not stay."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,18 @@ def test_a_missing_virtiofsd_is_named_with_both_packages(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(KvirtError, match=r"virtiofsd \(Debian 13\) or qemu-system-common"):
         virtiofs.find()
+
+
+def test_a_socket_is_not_there_until_somebody_listens(tmp_path):
+    path = tmp_path / "with space.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        assert not virtiofs.listens(path)
+        server.bind(str(path))
+        assert path.exists()
+        assert not virtiofs.listens(path)
+        server.listen()
+        assert virtiofs.listens(path)
+        assert not virtiofs.listens(tmp_path / "with")
 
 
 def test_both_kinds_of_virtiofsd_are_spoken_to(monkeypatch, tmp_path):

@@ -47,7 +47,8 @@ def program(name: str) -> str:
     found = shutil.which(name, path=SEARCH_PATH)
     if found is None:
         raise KvirtError(
-            f"{name} is not installed: install the package {PACKAGES[name]} (scripts/bootstrap does)."
+            f"{name} is not installed: install the package {PACKAGES[name]}, or run scripts/bootstrap, which "
+            "installs all but what arm64 guests need."
         )
     return found
 

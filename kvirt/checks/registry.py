@@ -84,11 +84,13 @@ class _Kinds:
     """Things of which many are of the same kind."""
 
     def __init__(self, kinds: Sequence[int]) -> None:
-        number: dict[int, int] = {}
-        of = [number.setdefault(kind, len(number)) for kind in kinds]
-        self.first = [of.index(i) for i in range(len(number))]
+        first: dict[int, int] = {}
+        for i, kind in enumerate(kinds):
+            first.setdefault(kind, i)
+        number = {kind: i for i, kind in enumerate(first)}
+        self.first = list(first.values())
         """The first thing of each kind."""
-        self._of = np.array(of, dtype=np.intp)
+        self._of = np.array([number[kind] for kind in kinds], dtype=np.intp)
 
     def spread(self, values: Iterable[int], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
         """What each thing has, by what its kind has."""

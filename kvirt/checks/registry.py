@@ -176,9 +176,13 @@ class VmaTable:
             yield slice(begin, end)
 
     def covering(self, first: int, last: int) -> int | None:
-        """Row of the VMA that covers both of two addresses, and all between; None if there is no such VMA."""
-        row = int(np.searchsorted(self.start, np.uint64(first), side="right")) - 1
-        return row if row >= 0 and last < self.end[row] else None
+        """Row of the VMA that covers two addresses and all between, as :meth:`find` tells it.
+
+        None if there is none; or if another one begins between them, which only damaged VMAs do.
+        """
+        ends = np.array([first, last], dtype=np.uint64)
+        row, other = (np.searchsorted(self.start, ends, side="right") - 1).tolist()
+        return row if row == other and row >= 0 and ends[1] < self.end[row] else None
 
     def find(self, addresses: U64) -> npt.NDArray[np.intp]:
         """Row of the VMA that covers each address, -1 if none does.

@@ -19,7 +19,7 @@ RUST = Path("/usr/libexec/virtiofsd")
 C = Path("/usr/lib/qemu/virtiofsd")
 OPEN_FILES = 1 << 18
 # include/uapi/linux/net.h: __SO_ACCEPTCON
-_SO_ACCEPTCON = f"{1 << 16:08X}"
+_SO_ACCEPTCON = b"%08X" % (1 << 16)
 # The strict sandbox wants to make namespaces, which a container may not be allowed to do.
 SANDBOXES = ("namespace", "chroot")
 # glibc asks for the number of processors before it gives a ninth thread a heap of its own, unless it is told
@@ -103,11 +103,11 @@ class Share:
 
 def listens(socket: Path) -> bool:
     """Whether somebody waits for connections at a path. The path is there before that, and refuses them."""
-    # Num RefCount Protocol Flags Type St Inode Path; net/unix/af_unix.c: unix_seq_show()
-    sockets = [
-        line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()
-    ]
-    return any(one[3] == _SO_ACCEPTCON and one[7:] == [str(socket)] for one in sockets)
+    # Num RefCount Protocol Flags Type St Inode Path; net/unix/af_unix.c: unix_seq_show(). Paths are there as
+    # they are, those of others too: a line may be a part of one.
+    lines = Path("/proc/net/unix").read_bytes().split(b"\n")
+    sockets = [line.split(maxsplit=7) for line in lines]
+    return any(len(one) == 8 and one[3] == _SO_ACCEPTCON and one[7] == os.fsencode(socket) for one in sockets)
 
 
 def _raise_file_limit() -> None:

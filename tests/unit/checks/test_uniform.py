@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvirt.checks import patience, process, registry, uniform
 from kvirt.checks.process import ProcessChecker
@@ -211,6 +213,52 @@ def test_index_that_rises_where_huge_pages_are_counted(monkeypatch):
     assert sum(finding.pages for finding in findings if finding.id == "FOLIO-INDEX") == PAGES - 1
 
 
+OTHER_VMA, OTHERS = 0xFFFF888000A00000, 1000
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_pages_of_a_small_vma_are_not_judged_by_a_large_one_that_reaches_over_it(monkeypatch, damaged, moves):
+    """What begins last has them, however far a damaged VMA before it goes."""
+    monkeypatch.setattr(patience, "PAUSE", 0)
+    made, end, middle = Large(), START + PAGES * 4096, START + (PAGES - OTHERS) * 4096
+    made.memory.put(OTHER_VMA, bytes(4096))
+    made.memory.put_struct(LAYOUT.mm, MM, made.mm | {"map_count": 2})
+    reaches = end if damaged else middle
+    made.memory.put_struct(LAYOUT.vma, VMA, made.vma | {"vm_end": reaches})
+    chain, pgoff = OTHER_VMA + LAYOUT.vma.offset("chain_next"), middle >> 12
+    # Never faulted, as far as it says; its pages are those of the other one.
+    other = {"vm_start": middle, "vm_end": end, "anon_vma": 0, "chain_next": chain, "chain_prev": chain}
+    other |= {"vm_pgoff": pgoff, "anon_pgoff_lo": pgoff & 0xFFFFFFFF, "anon_pgoff_hi": pgoff >> 32}
+    made.memory.put_struct(LAYOUT.vma, OTHER_VMA, made.vma | other)
+    words = [0] * 32
+    words[:5] = [1, START - 1, middle - 1, end - 1, (1 << 64) - 1]
+    words[17:19], words[31] = [VMA, OTHER_VMA], 3
+    made.memory.put_words(LEAF, words)
+    made.memory.put_words(AVC + LAYOUT.anon_tree.subtree_last, [(reaches >> 12) - 1])
+    found = {(one.id, one.pages) for one in made.check(moves).findings if one.severity is Severity.ERROR}
+    assert ("FOLIO-ANON-VMA", OTHERS) in found
+    assert ("VMA-TREE" in {id_ for id_, _ in found}) == damaged
+
+
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=6),
+    ends=st.tuples(st.integers(0, 44), st.integers(1, 20)),
+)
+@settings(deadline=None)
+def test_a_vma_covers_what_is_found_in_it_alone(spans, ends):
+    """Also where VMAs overlap, or end before they begin."""
+    table = VmaTable.__new__(VmaTable)
+    table.vmas = sorted(spans)
+    columns = np.array(table.vmas, dtype=np.uint64).reshape(-1, 2)
+    table.start, table.end = columns[:, 0], columns[:, 1]
+    addresses = ends[0] + np.arange(ends[1], dtype=np.uint64)
+    rows = set(table.find(addresses).tolist())
+    row = table.covering(ends[0], int(addresses[-1]))
+    # Each address has the VMA that begins last before it.
+    assert row == (rows.pop() if len(rows) == 1 and rows != {-1} else None)
+
+
 def test_what_is_left_for_later_keeps_nothing_that_it_was_read_with(monkeypatch):
     monkeypatch.setattr(pagetable, "_TABLES", TABLES // 2)
     made, end = Large(), START + (PAGES // 2 - 1) * 4096
@@ -222,7 +270,7 @@ def test_what_is_left_for_later_keeps_nothing_that_it_was_read_with(monkeypatch)
     def walk(*about):
         for leaves in pagetable.for_each_leaf(*about):
             # Views are of whoever has the memory.
-            owner = leaves.address if leaves.address.base is None else leaves.address.base
+            owner = leaves.entry if leaves.entry.base is None else leaves.entry.base
             blocks.append(weakref.ref(owner))
             yield leaves
 

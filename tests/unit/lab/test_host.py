@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Programs of the host: missing ones are named with their package, started ones do not stay."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -27,9 +28,12 @@ def test_a_missing_virtiofsd_is_named_with_both_packages(monkeypatch, tmp_path):
         virtiofs.find()
 
 
-def test_a_socket_is_not_there_until_somebody_listens(tmp_path):
-    path = tmp_path / "with space.sock"
-    with socket.socket(socket.AF_UNIX) as server:
+@pytest.mark.parametrize("name", ["plain", "with space", os.fsdecode(b"no \xff text"), "\u0085 \x1c"])
+def test_a_socket_is_not_there_until_somebody_listens(tmp_path, name):
+    path = tmp_path / name
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as stranger:
+        # Of anybody's on the machine, with a name that is more than a line.
+        stranger.bind(b"\0of \n a stranger\n")
         assert not virtiofs.listens(path)
         server.bind(str(path))
         assert path.exists()

@@ -264,7 +264,9 @@ def collapse(a: Arena) -> None:
 @operation("collapse again", 2)
 def collapse_again(a: Arena) -> None:
     """What became of a huge area is collapsed, wherever it is and whatever it was split into."""
-    area = a.pick("anon")
+    # On a slow host there are few tries, and of those with a small area none can do it.
+    huge = [area for area in a.areas.values() if area.kind == "anon" and area.size >= HUGE]
+    area = a.random.choice(huge) if huge else a.pick("anon")
     start = -(-area.start // HUGE) * HUGE
     sc.madvise(start, HUGE, sc.MADV_COLLAPSE)
 

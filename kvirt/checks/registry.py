@@ -26,7 +26,7 @@ from kvirt.mm.i_mmap import FilePlace, FileTrees
 from kvirt.mm.ksm import RmapItems
 from kvirt.mm.pagetable import U64, Bool, Leaves
 from kvirt.mm.rmap import AnonVma, Chain
-from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_temporary_stack
+from kvirt.mm.vma import Vma, vma_is_cow_mapping, vma_is_pure_anon, vma_is_temporary_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,17 @@ class VmaContext:
 class _Kinds:
     """Things of which many are of the same kind."""
 
-    def __init__(self, kinds: Sequence[int]) -> None:
-        first: dict[int, int] = {}
-        for i, kind in enumerate(kinds):
-            first.setdefault(kind, i)
-        number = {kind: i for i, kind in enumerate(first)}
-        self.first = list(first.values())
+    def __init__(self, kinds: Iterable[int]) -> None:
+        self.first: list[int] = []
         """The first thing of each kind."""
-        self._of = np.array([number[kind] for kind in kinds], dtype=np.intp)
+        number: dict[int, int] = {}
+        of = []
+        for i, kind in enumerate(kinds):
+            if kind not in number:
+                number[kind] = len(self.first)
+                self.first.append(i)
+            of.append(number[kind])
+        self._of = np.array(of, dtype=np.intp)
 
     def spread(self, values: Iterable[int], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
         """What each thing has, by what its kind has."""
@@ -111,7 +114,7 @@ class VmaTable:
         """
         self.unsound = unsound or {}
         vmas = list(space.vmas())
-        order = sorted(range(len(vmas)), key=[vma.vm_start for vma in vmas].__getitem__)
+        order = sorted(range(len(vmas)), key=lambda row: vmas[row].vm_start)
         self._columns_row = np.array(order, dtype=np.intp)
         self.vmas = [vmas[row] for row in order]
         self.space = space
@@ -122,7 +125,6 @@ class VmaTable:
         self.start, self.end = column["vm_start"], column["vm_end"]
         self.anon_pgoff, self.vm_pgoff = column["anon_pgoff"], column["vm_pgoff"]
         self.anon_vma = column["anon_vma"]
-        self.pure = (column["vm_ops"] == 0) & (column["vm_file"] == 0)
         # Many VMAs are alike in what follows, which is worked out once for each kind.
         flags, files = _Kinds(column["vm_flags"].tolist()), _Kinds(column["vm_file"].tolist())
         some = [self.vmas[i] for i in flags.first]
@@ -132,6 +134,7 @@ class VmaTable:
         # Pages in these are not told from others by what they are, or are no page cache.
         self.raw = flags.spread((v.flag("PFNMAP") or v.flag("MIXEDMAP") for v in some), np.bool_)
         self.dax = files.spread((file is not None and file.dax for file in mapped), np.bool_)
+        self.pure = np.array([vma_is_pure_anon(v) for v in self.vmas], dtype=np.bool_)
         self.f_mapping = files.spread((0 if file is None else file.f_mapping for file in mapped), np.uint64)
         orders = (0 if f is None else max(f.blkbits - space.layout.page_shift, 0) for f in mapped)
         hugetlb = flags.spread((v.flag("HUGETLB") for v in some), np.uint64)
@@ -166,8 +169,7 @@ class VmaTable:
         """
         cuts = {0, len(leaves)}
         if self.vmas and len(leaves) >= MANY:
-            outer = np.array(leaves.ends(), dtype=np.uint64)
-            first, last = (np.searchsorted(self.start, outer, side="right") - 1).tolist()
+            first, last = self._rows(*leaves.ends())
             rows = slice(max(first, 0), last + 1)
             begins, ends = leaves.search(self.start[rows]), leaves.search(self.end[rows])
             many = ends - begins >= MANY
@@ -180,9 +182,13 @@ class VmaTable:
 
         None if there is none; or if another one begins between them, which only damaged VMAs do.
         """
-        ends = np.array([first, last], dtype=np.uint64)
-        row, other = (np.searchsorted(self.start, ends, side="right") - 1).tolist()
-        return row if row == other and row >= 0 and ends[1] < self.end[row] else None
+        row, other = self._rows(first, last)
+        return row if row == other and row >= 0 and np.uint64(last) < self.end[row] else None
+
+    def _rows(self, first: int, last: int) -> tuple[int, int]:
+        """Row of the VMA that begins last before each of two addresses, or there; -1 if none does."""
+        rows = np.searchsorted(self.start, np.array([first, last], dtype=np.uint64), side="right") - 1
+        return int(rows[0]), int(rows[1])
 
     def find(self, addresses: U64) -> npt.NDArray[np.intp]:
         """Row of the VMA that covers each address, -1 if none does.
@@ -191,15 +197,13 @@ class VmaTable:
         """
         if not self.vmas or not len(addresses):
             return np.full(len(addresses), -1, dtype=np.intp)
-        first, last = (np.searchsorted(self.start, addresses[[0, -1]], side="right") - 1).tolist()
+        first, last = self._rows(*addresses[[0, -1]].tolist())
         if first == last and first >= 0 and addresses[-1] < self.end[first]:
             return constant(np.intp(first), len(addresses))
         # Each VMA is looked for among the addresses: there are fewer of them.
         rows = np.arange(first, last + 1)
-        begins = np.zeros(len(rows) + 1, dtype=np.intp)
-        begins[1:-1] = np.searchsorted(addresses, self.start[first + 1 : last + 1])
-        begins[-1] = len(addresses)
-        row = np.repeat(rows, begins[1:] - begins[:-1])
+        begins = np.searchsorted(addresses, self.start[first + 1 : last + 1])
+        row = np.repeat(rows, np.diff(begins, prepend=0, append=len(addresses)))
         row[addresses >= self.end[row]] = -1
         return row
 

@@ -210,9 +210,7 @@ def read_alike(leaves: Leaves, bits: int) -> tuple[int, Runs] | None:
     some, runs, tables = leaves.entry, None, leaves.tables
     if not leaves.are_scattered():
         ends = np.append(np.flatnonzero(leaves.breaks()), len(leaves) - 1)
-        lengths = ends.copy()
-        lengths[0] += 1
-        lengths[1:] -= ends[:-1]
+        lengths = np.diff(ends, prepend=-1)
         first = some[ends - lengths + 1]
         frames, last = _pfn(tables, first, 0).view(np.int64), _pfn(tables, some[ends], 0).view(np.int64)
         # Not so if addresses are inverted, or a sum went beyond them.
